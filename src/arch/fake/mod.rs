@@ -1,0 +1,5 @@
+//! The host's stand-in for the machine, one per thread.
+
+extern crate std;
+
+pub mod instructions;

@@ -1,0 +1,17 @@
+//! Everything that needs an instruction Rust cannot spell, and nothing else.
+//!
+//! One function per instruction, named by its mnemonic. On the target they are the instruction (`hw`); on the
+//! host they are a machine made of data (`fake`), so that code above this module runs and is judged there
+//! unchanged. No other module contains `asm!` or names a system register.
+
+pub mod atomic;
+
+#[cfg(target_os = "none")]
+mod hw;
+#[cfg(target_os = "none")]
+pub use hw::*;
+
+#[cfg(not(target_os = "none"))]
+pub mod fake;
+#[cfg(not(target_os = "none"))]
+pub use fake::instructions::*;

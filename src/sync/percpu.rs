@@ -1,0 +1,62 @@
+//! The data of one CPU, found through TPIDR_EL2.
+//!
+//! A [`CpuBlock`] is never freed and never moves. Its head is read by the vectors; the rest is plain Rust. Who may
+//! touch what: every field is written by its own CPU only, unless its comment says otherwise.
+
+use core::mem::offset_of;
+use core::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, Ordering};
+
+use crate::arch;
+use crate::trace::{Counters, Event};
+
+/// Everything one CPU owns. All-zero bytes are a valid block.
+#[derive(Debug, Default)]
+#[repr(C, align(128))]
+pub struct CpuBlock {
+    /// Where the vectors save the guest's registers; null while no guest runs here. Read by the vectors.
+    pub frame: AtomicPtr<()>,
+    /// Top of the stack for exceptions taken from EL2 itself. Read by the vectors, written once before the CPU starts.
+    pub emergency_stack_top: AtomicU64,
+    /// Position of this CPU in the list of CPUs found at boot.
+    pub index: AtomicU32,
+    /// MPIDR_EL1 affinity of this CPU.
+    pub affinity: AtomicU64,
+    /// The vCPU whose state this CPU holds, as the `vm` layer's pointer; null when idle.
+    pub vcpu: AtomicPtr<()>,
+    /// What this CPU has counted.
+    pub counters: Counters,
+}
+
+/// Offset of [`CpuBlock::frame`], for the vectors.
+pub const FRAME_OFFSET: usize = 0;
+/// Offset of [`CpuBlock::emergency_stack_top`], for the vectors.
+pub const EMERGENCY_STACK_TOP_OFFSET: usize = 8;
+
+const _: () = {
+    assert!(offset_of!(CpuBlock, frame) == FRAME_OFFSET);
+    assert!(offset_of!(CpuBlock, emergency_stack_top) == EMERGENCY_STACK_TOP_OFFSET);
+    assert!(size_of::<CpuBlock>() <= 4096);
+};
+
+/// The block of the CPU this runs on.
+pub fn this() -> &'static CpuBlock {
+    let block = core::ptr::with_exposed_provenance::<CpuBlock>(arch::percpu_pointer());
+    // SAFETY: TPIDR_EL2 holds the address of a block that was initialized before Rust ran on this CPU and is never
+    // freed (boot's duty; the fake's blocks are leaked zeroed memory); all fields are atomics.
+    unsafe { &*block }
+}
+
+/// Counts one `event` on this CPU.
+pub fn count(event: Event) {
+    count_many(event, 1);
+}
+
+/// Counts `event` `n` times on this CPU.
+pub fn count_many(event: Event, n: u64) {
+    this().counters.add(event, n);
+}
+
+/// Position of this CPU in the list of CPUs found at boot.
+pub fn index() -> usize {
+    this().index.load(Ordering::Relaxed) as usize
+}
