@@ -12,6 +12,17 @@ pub const PAGE_SHIFT: u32 = 12;
 /// Bytes in a page.
 pub const PAGE_BYTES: u64 = 1 << PAGE_SHIFT;
 
+const _: () = assert!(
+    size_of::<usize>() == size_of::<u64>(),
+    "addresses and sizes are 64 bits wide on both sides"
+);
+
+/// A 64-bit size or address as the language's own; they are equally wide.
+#[expect(clippy::cast_possible_truncation, reason = "the assertion above")]
+pub const fn to_usize(raw: u64) -> usize {
+    raw as usize
+}
+
 /// Names an address space at the type level.
 pub trait Space: Copy + Eq + Ord {
     /// Prefix used when an address is printed.
@@ -135,6 +146,9 @@ mod tests {
 
     #[test]
     fn a_printed_address_names_its_space() {
-        assert_eq!(std::format!("{} {}", Ipa::new(0x1000), Va::new(0x2000)), "ipa:0x1000 va:0x2000");
+        assert_eq!(
+            std::format!("{} {}", Ipa::new(0x1000), Va::new(0x2000)),
+            "ipa:0x1000 va:0x2000"
+        );
     }
 }

@@ -68,7 +68,10 @@ impl Counters {
     /// Adds `n` to `event`. May be called by the owning CPU only; another caller loses counts, nothing else.
     pub fn add(&self, event: Event, n: u64) {
         let counter = &self.0[event as usize];
-        counter.store(counter.load(Ordering::Relaxed).wrapping_add(n), Ordering::Relaxed);
+        counter.store(
+            counter.load(Ordering::Relaxed).wrapping_add(n),
+            Ordering::Relaxed,
+        );
     }
 
     /// The value of `event`, by any CPU.

@@ -14,4 +14,4 @@ pub use hw::*;
 #[cfg(not(target_os = "none"))]
 pub mod fake;
 #[cfg(not(target_os = "none"))]
-pub use fake::instructions::*;
+pub use fake::{host::*, instructions::*};

@@ -5,7 +5,6 @@ extern crate std;
 use crate::addr::{Ipa, Va};
 use crate::arch::atomic::{AtomicU64, Ordering};
 
-
 /// TPIDR_EL2: the address of this CPU's [`crate::sync::percpu::CpuBlock`], never zero. The fake machine's blocks are
 /// zeroed memory that is never freed.
 pub fn percpu_pointer() -> usize {

@@ -2,4 +2,5 @@
 
 extern crate std;
 
+pub mod host;
 pub mod instructions;

@@ -1,0 +1,46 @@
+//! Instructions whose effect any computer offers: time, zeroing, giving the CPU away.
+
+extern crate std;
+
+use core::sync::atomic::{AtomicU64, Ordering};
+
+use crate::addr::{PAGE_BYTES, Pa, to_usize};
+
+/// `WFI`: comes back at once, as the architecture permits.
+pub fn wfi() {
+    super::instructions::yield_now();
+}
+
+/// `SEV`: nobody waits for events here.
+pub fn sev() {}
+
+/// CNTPCT_EL0: one tick later at every look.
+pub fn counter() -> u64 {
+    static TICKS: AtomicU64 = AtomicU64::new(0);
+    TICKS.fetch_add(1, Ordering::Relaxed)
+}
+
+/// CNTFRQ_EL0: a tick is a nanosecond.
+pub fn counter_hz() -> u64 {
+    1_000_000_000
+}
+
+/// Whether atomics are single instructions; the host's own are used here.
+pub fn use_lse() -> bool {
+    true
+}
+
+/// `DC CIVAC` over `bytes` bytes from `start`: the host is coherent.
+pub fn dc_civac_range(_start: Pa, _bytes: u64) {}
+
+/// Fills the page at `page` with zeros that a guest sees with its caches off, too.
+///
+/// # Safety
+///
+/// `page` is a page of memory that the caller owns and to which no reference exists.
+pub unsafe fn zero_page(page: Pa) {
+    let bytes =
+        core::ptr::with_exposed_provenance_mut::<[u8; to_usize(PAGE_BYTES)]>(to_usize(page.raw()));
+    // SAFETY: the caller owns the page; a `Pa` of the fake machine is an address of this process.
+    unsafe { bytes.write_bytes(0, 1) };
+}

@@ -1,0 +1,66 @@
+//! Data-cache maintenance to the point of coherency, and zeroing.
+//!
+//! A guest whose caches are off reads memory past them. Without FEAT_S2FWB a frame is therefore zeroed *and* cleaned
+//! before a guest sees it and when it leaves a guest; otherwise the guest could read what the frame's last owner
+//! left in memory below a dirty line.
+
+use core::arch::asm;
+use core::sync::atomic::AtomicBool;
+
+use super::registers::mrs;
+use crate::addr::{PAGE_BYTES, Pa, to_usize};
+use crate::arch::atomic::Ordering;
+
+/// CTR_EL0.DminLine: log2 of the words in the smallest data-cache line.
+const CTR_DMINLINE: u32 = 16;
+/// DCZID_EL0.BS: log2 of the words that `DC ZVA` zeroes.
+const DCZID_BS: u64 = 0xf;
+/// DCZID_EL0.DZP: `DC ZVA` is not to be used.
+const DCZID_DZP: u64 = 1 << 4;
+
+static COHERENT_GUESTS: AtomicBool = AtomicBool::new(false);
+
+/// Declares whether every CPU has FEAT_S2FWB and stage 2 uses it: guests then cannot read past the caches. Called
+/// once, by boot.
+pub fn set_coherent_guests(everywhere: bool) {
+    COHERENT_GUESTS.store(everywhere, Ordering::Relaxed);
+}
+
+/// `DC CIVAC` over `bytes` bytes from `start`, then `DSB SY`: memory holds what the caches held.
+pub fn dc_civac_range(start: Pa, bytes: u64) {
+    let line = 4_u64 << (mrs!("ctr_el0") >> CTR_DMINLINE & 0xf);
+    let mut at = start.raw() & !(line - 1);
+    let end = start.raw() + bytes;
+    while at < end {
+        // SAFETY: cleaning and invalidating a line loses nothing; EL2 maps all of RAM at its own address.
+        unsafe { asm!("dc civac, {}", in(reg) at, options(nostack, preserves_flags)) };
+        at += line;
+    }
+    // SAFETY: a barrier changes no state that Rust can see.
+    unsafe { asm!("dsb sy", options(nostack, preserves_flags)) };
+}
+
+/// Fills the page at `page` with zeros that a guest sees with its caches off, too.
+///
+/// # Safety
+///
+/// `page` is a page of RAM that the caller owns and to which no reference exists.
+pub unsafe fn zero_page(page: Pa) {
+    let dczid = mrs!("dczid_el0");
+    let block = 4_u64 << (dczid & DCZID_BS);
+    if dczid & DCZID_DZP != 0 || block > PAGE_BYTES {
+        let bytes = core::ptr::with_exposed_provenance_mut::<[u8; to_usize(PAGE_BYTES)]>(to_usize(
+            page.raw(),
+        ));
+        // SAFETY: the caller owns the page; all RAM is mapped at its own address.
+        unsafe { bytes.write_bytes(0, 1) };
+    } else {
+        for at in (page.raw()..page.raw() + PAGE_BYTES).step_by(to_usize(block)) {
+            // SAFETY: the block lies in a page the caller owns; EL2 maps RAM as normal memory.
+            unsafe { asm!("dc zva, {}", in(reg) at, options(nostack, preserves_flags)) };
+        }
+    }
+    if !COHERENT_GUESTS.load(Ordering::Relaxed) {
+        dc_civac_range(page, PAGE_BYTES);
+    }
+}

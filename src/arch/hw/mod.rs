@@ -1,0 +1,32 @@
+//! The instructions themselves, for the target.
+//!
+//! One function per instruction, named by its mnemonic; a function that needs several says why they belong together.
+//! References are to the Arm ARM, DDI 0487 issue K.a.
+
+mod atomics;
+mod barriers;
+mod cache;
+mod registers;
+mod tlbi;
+mod vttbr;
+
+pub use atomics::{cas, fetch_clear, fetch_or, set_lse, swap, use_lse};
+pub use barriers::{dsb_ish, dsb_ishst, dsb_nsh, dsb_nshst, isb, sev, wfi, yield_now};
+pub use cache::{dc_civac_range, set_coherent_guests, zero_page};
+pub use registers::{at_s1e1r, counter, counter_hz, hvc, percpu_pointer, set_percpu_pointer, smc};
+pub use tlbi::{
+    tlbi_alle1is, tlbi_ipas2e1, tlbi_ipas2e1is, tlbi_ripas2e1is, tlbi_vaae1, tlbi_vmalle1is,
+    tlbi_vmalls12e1, tlbi_vmalls12e1is,
+};
+pub use vttbr::{set_vttbr, shield_stage1, vttbr, with_vttbr};
+
+use crate::addr::Pa;
+
+/// Tells the machine that a page is about to be used as a translation table, or is one no longer. Nothing here: the
+/// host's oracle listens to it.
+#[inline]
+pub fn note_table(_table: Pa, _live: bool) {}
+
+/// Tells the machine that a descriptor changed. Nothing here: the host's oracle listens to it.
+#[inline]
+pub fn note_descriptor(_slot: Pa, _old: u64, _new: u64) {}

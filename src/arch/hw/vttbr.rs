@@ -1,0 +1,62 @@
+//! VTTBR_EL2, and the only ways to change it.
+//!
+//! Erratum 1319367 (Cortex-A72 and its kin): a speculative `AT` or stage-1 walk under a half-switched context caches
+//! translations that belong to neither. It is harmless while stage-1 walks are disabled for both halves of the address
+//! space and the stage-1 MMU is on, because then no walk starts. Hence the order of every change of VTTBR_EL2:
+//!
+//! ```text
+//! TCR_EL1.{EPD0,EPD1} = 1 ; SCTLR_EL1.M = 1 ; ISB ; VTTBR_EL2 = new ; ISB ; (rest of the context) ; SCTLR_EL1 ; ISB ; TCR_EL1
+//! ```
+//!
+//! It is followed on every CPU: it costs ten instructions off the hot paths. A CPU that holds no vCPU keeps the first
+//! two values, so loading a vCPU needs no [`shield_stage1`] of its own.
+
+use aarch64_cpu::registers::{ReadWriteable, Readable, SCTLR_EL1, TCR_EL1, VTTBR_EL2, Writeable};
+
+use super::isb;
+
+/// VTTBR_EL2 of this CPU: root in bits 47:1, VMID in 63:48.
+#[inline]
+pub fn vttbr() -> u64 {
+    VTTBR_EL2.get()
+}
+
+/// Forbids stage-1 walks on this CPU until TCR_EL1 is written again, last, after SCTLR_EL1 and an `ISB`.
+#[inline]
+pub fn shield_stage1() {
+    TCR_EL1.modify(TCR_EL1::EPD0::DisableTTBR0Walks + TCR_EL1::EPD1::DisableTTBR1Walks);
+    SCTLR_EL1.modify(SCTLR_EL1::M::Enable);
+    isb();
+}
+
+/// Loads a VTTBR_EL2 value and synchronizes. Stage-1 walks must be forbidden ([`shield_stage1`]), as they always are
+/// on a CPU that holds no vCPU.
+#[inline]
+pub fn set_vttbr(value: u64) {
+    debug_assert!(
+        TCR_EL1.is_set(TCR_EL1::EPD0) && TCR_EL1.is_set(TCR_EL1::EPD1),
+        "stage-1 walks are forbidden"
+    );
+    VTTBR_EL2.set(value);
+    isb();
+}
+
+/// Runs `work` with VTTBR_EL2 = `value` and restores it; the only way to issue an invalidation under a VMID that this
+/// CPU is not running. `work` must not enter a guest.
+#[inline]
+pub fn with_vttbr<R>(value: u64, work: impl FnOnce() -> R) -> R {
+    let held = vttbr();
+    if held == value {
+        return work();
+    }
+    let (sctlr, tcr) = (SCTLR_EL1.get(), TCR_EL1.get());
+    shield_stage1();
+    set_vttbr(value);
+    let result = work();
+    set_vttbr(held);
+    SCTLR_EL1.set(sctlr);
+    isb();
+    TCR_EL1.set(tcr);
+    isb();
+    result
+}
