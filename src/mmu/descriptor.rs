@@ -1,0 +1,356 @@
+//! One stage-2 descriptor: 64 bits in memory, an enum in software.
+//!
+//! ```text
+//!  63    59 58    57  55 54  53    51    48 47            12 11 10 9  8 7   6 5     2 1  0
+//! +--------+------+-----+---+---------------+----------------+--+--+----+---+-+-------+--+-+
+//! |   0    |frozen| tag | XN|       0       | output address | 0|AF| SH | W |R|MemAttr|t |v|
+//! +--------+------+-----+---+---------------+----------------+--+--+----+---+-+-------+--+-+
+//! ```
+//!
+//! VMSAv8-64 stage 2, direct permissions, 4 KiB granule (DDI 0487 issue K.a, D8.3). Bits 58:55 are software's:
+//! `tag` names the memory slot that a leaf belongs to, so that a fault needs no look-up but the walk. Table descriptors
+//! carry an address and nothing else: stage 2 has no hierarchical permissions. An invalid descriptor is all zero
+//! ([`View::Empty`]) or [`View::Busy`]: some CPU is between break and make, and whoever meets it retries.
+//!
+//! `encode` and `decode` are inverse on every descriptor that Vellum writes, with what hardware may change in it (AF, W).
+
+use core::fmt;
+
+use crate::addr::Pa;
+use crate::mmu::geometry::Level;
+
+/// Memory slots per VM that a descriptor can name.
+pub const TAGS: usize = 8;
+
+/// Which memory slot a leaf belongs to: 0 to 7.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Tag(u8);
+
+impl Tag {
+    /// Tag `index`, or `None` when it does not fit the descriptor.
+    pub const fn new(index: usize) -> Option<Self> {
+        match index {
+            #[expect(clippy::cast_possible_truncation, reason = "below eight")]
+            0..TAGS => Some(Self(index as u8)),
+            _ => None,
+        }
+    }
+
+    /// The slot's position, below [`TAGS`].
+    pub const fn index(self) -> usize {
+        self.0 as usize
+    }
+}
+
+/// How the guest's accesses reach memory.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Memory {
+    /// Normal write-back cacheable, inner shareable; the guest's stage 1 may weaken it (without FEAT_S2FWB).
+    Normal,
+    /// Device-nGnRE, never executable.
+    Device,
+}
+
+/// How this machine encodes memory types: with FEAT_S2FWB (HCR_EL2.FWB = 1) or without.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Format {
+    /// HCR_EL2.FWB.
+    pub forced_write_back: bool,
+}
+
+/// A translation.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Leaf {
+    /// Where it leads; aligned to the level's span.
+    pub to: Pa,
+    /// Memory type.
+    pub memory: Memory,
+    /// Whether loads and fetches are permitted. Guest RAM is always executable at stage 2.
+    pub read: bool,
+    /// Whether stores are permitted.
+    pub write: bool,
+    /// Accessed since the flag was last cleared (AF).
+    pub young: bool,
+    /// Held still by software for a structural change.
+    pub frozen: bool,
+    /// The memory slot.
+    pub tag: Tag,
+}
+
+/// What a slot can hold.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum View {
+    /// No translation.
+    Empty,
+    /// No translation for a moment: a CPU is between break and make.
+    Busy,
+    /// The address of the next table.
+    Table(Pa),
+    /// A translation.
+    Leaf(Leaf),
+}
+
+/// A descriptor as it sits in memory.
+#[derive(Clone, Copy, Eq, PartialEq)]
+#[repr(transparent)]
+pub struct Descriptor(u64);
+
+const VALID: u64 = 1 << 0;
+const TABLE_OR_PAGE: u64 = 1 << 1;
+const MEMATTR_SHIFT: u32 = 2;
+const MEMATTR: u64 = 0b1111 << MEMATTR_SHIFT;
+const READ: u64 = 1 << 6;
+const WRITE: u64 = 1 << 7;
+const INNER_SHAREABLE: u64 = 0b11 << 8;
+const YOUNG: u64 = 1 << 10;
+const ADDRESS: u64 = 0x0000_ffff_ffff_f000;
+const EXECUTE_NEVER: u64 = 1 << 54;
+const TAG_SHIFT: u32 = 55;
+const TAG: u64 = 0b111 << TAG_SHIFT;
+const FROZEN: u64 = 1 << 58;
+const BUSY: u64 = 1 << 2;
+
+const DEVICE_NGNRE: u64 = 0b0001;
+const NORMAL_WRITE_BACK: u64 = 0b1111;
+const NORMAL_FORCED_WRITE_BACK: u64 = 0b0110;
+
+const _: () = assert!(BUSY & VALID == 0 && BUSY != 0, "a busy slot translates nothing and is not empty");
+
+impl Descriptor {
+    /// No translation.
+    pub const EMPTY: Self = Self(0);
+    /// The marker that a CPU leaves between break and make.
+    pub const BUSY: Self = Self(BUSY);
+
+    /// Wraps bits found in memory.
+    pub const fn from_bits(bits: u64) -> Self {
+        Self(bits)
+    }
+
+    /// The bits for memory.
+    pub const fn bits(self) -> u64 {
+        self.0
+    }
+
+    /// A descriptor for the table at `table`.
+    pub const fn table(table: Pa) -> Self {
+        Self(table.raw() & ADDRESS | TABLE_OR_PAGE | VALID)
+    }
+
+    /// Encodes `leaf` for a slot at `level`.
+    pub const fn leaf(leaf: &Leaf, level: Level, format: Format) -> Self {
+        let mut bits = leaf.to.raw() & ADDRESS | VALID | (leaf.tag.0 as u64) << TAG_SHIFT;
+        if matches!(level, Level::L3) {
+            bits |= TABLE_OR_PAGE;
+        }
+        bits |= match (leaf.memory, format.forced_write_back) {
+            (Memory::Device, _) => DEVICE_NGNRE << MEMATTR_SHIFT | EXECUTE_NEVER,
+            (Memory::Normal, false) => NORMAL_WRITE_BACK << MEMATTR_SHIFT | INNER_SHAREABLE,
+            (Memory::Normal, true) => NORMAL_FORCED_WRITE_BACK << MEMATTR_SHIFT | INNER_SHAREABLE,
+        };
+        if leaf.read {
+            bits |= READ;
+        }
+        if leaf.write {
+            bits |= WRITE;
+        }
+        if leaf.young {
+            bits |= YOUNG;
+        }
+        if leaf.frozen {
+            bits |= FROZEN;
+        }
+        Self(bits)
+    }
+
+    /// Decodes what a slot at `level` holds.
+    pub const fn view(self, level: Level) -> View {
+        if self.0 & VALID == 0 {
+            return if self.0 == BUSY { View::Busy } else { View::Empty };
+        }
+        if self.is_table(level) {
+            return View::Table(self.address());
+        }
+        let device = (self.0 & MEMATTR) >> MEMATTR_SHIFT == DEVICE_NGNRE;
+        View::Leaf(Leaf {
+            to: self.address(),
+            memory: if device { Memory::Device } else { Memory::Normal },
+            read: self.0 & READ != 0,
+            write: self.0 & WRITE != 0,
+            young: self.0 & YOUNG != 0,
+            frozen: self.0 & FROZEN != 0,
+            tag: self.tag(),
+        })
+    }
+
+    /// Whether a walk goes on from here, found at `level`.
+    #[inline]
+    pub const fn is_table(self, level: Level) -> bool {
+        self.0 & (VALID | TABLE_OR_PAGE) == VALID | TABLE_OR_PAGE && !matches!(level, Level::L3)
+    }
+
+    /// Whether a walk that found this at `level` ends with a translation.
+    #[inline]
+    pub const fn is_leaf(self, level: Level) -> bool {
+        self.0 & VALID != 0 && !self.is_table(level)
+    }
+
+    /// Output address: of the next table or of memory.
+    #[inline]
+    pub const fn address(self) -> Pa {
+        Pa::new(self.0 & ADDRESS)
+    }
+
+    /// The memory slot of a leaf.
+    #[inline]
+    pub const fn tag(self) -> Tag {
+        #[expect(clippy::cast_possible_truncation, reason = "three bits")]
+        Tag(((self.0 & TAG) >> TAG_SHIFT) as u8)
+    }
+
+    /// Whether this is a leaf that permits stores.
+    #[inline]
+    pub const fn is_writable(self) -> bool {
+        self.0 & (VALID | WRITE) == VALID | WRITE
+    }
+
+    /// Whether a leaf permits loads.
+    #[inline]
+    pub const fn is_readable(self) -> bool {
+        self.0 & (VALID | READ) == VALID | READ
+    }
+
+    /// Whether a leaf permits instruction fetches.
+    #[inline]
+    pub const fn is_executable(self) -> bool {
+        self.0 & (VALID | READ | EXECUTE_NEVER) == VALID | READ
+    }
+
+    /// Whether a leaf's access flag is set.
+    #[inline]
+    pub const fn is_young(self) -> bool {
+        self.0 & YOUNG != 0
+    }
+
+    /// Whether software holds this leaf still.
+    #[inline]
+    pub const fn is_frozen(self) -> bool {
+        self.0 & FROZEN != 0
+    }
+
+    /// The same leaf, permitting stores.
+    #[inline]
+    pub const fn writable(self) -> Self {
+        Self(self.0 | WRITE)
+    }
+
+    /// The same leaf, not permitting stores.
+    #[inline]
+    pub const fn read_only(self) -> Self {
+        Self(self.0 & !WRITE)
+    }
+
+    /// The same leaf with its access flag set.
+    #[inline]
+    pub const fn young(self) -> Self {
+        Self(self.0 | YOUNG)
+    }
+
+    /// The same leaf with its access flag clear.
+    #[inline]
+    pub const fn old(self) -> Self {
+        Self(self.0 & !YOUNG)
+    }
+}
+
+impl fmt::Debug for Descriptor {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "desc:{:#018x}", self.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::vec::Vec;
+
+    use super::{Descriptor, Format, Leaf, Memory, Tag, View};
+    use crate::addr::Pa;
+    use crate::mmu::geometry::Level;
+
+    fn every_leaf() -> Vec<Leaf> {
+        let mut leaves = Vec::new();
+        for bits in 0..32_u8 {
+            for tag in 0..8 {
+                for to in [0, 0x4000_0000, 0xffff_c000_0000] {
+                    leaves.push(Leaf {
+                        to: Pa::new(to),
+                        memory: if bits & 1 != 0 { Memory::Device } else { Memory::Normal },
+                        read: bits & 2 != 0,
+                        write: bits & 4 != 0,
+                        young: bits & 8 != 0,
+                        frozen: bits & 16 != 0,
+                        tag: Tag::new(tag).unwrap(),
+                    });
+                }
+            }
+        }
+        leaves
+    }
+
+    #[test]
+    fn every_leaf_comes_back_unchanged() {
+        for forced_write_back in [false, true] {
+            let format = Format { forced_write_back };
+            for level in [Level::L1, Level::L2, Level::L3] {
+                for leaf in every_leaf() {
+                    let descriptor = Descriptor::leaf(&leaf, level, format);
+                    assert_eq!(descriptor.view(level), View::Leaf(leaf), "{level:?} {descriptor:?}");
+                    assert!(descriptor.is_leaf(level) && !descriptor.is_table(level));
+                    assert_eq!(descriptor.tag(), leaf.tag);
+                    assert_eq!(descriptor.is_writable(), leaf.write);
+                    assert_eq!(descriptor.is_readable(), leaf.read);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn every_output_address_bit_comes_back_unchanged() {
+        for bit in 12..48 {
+            let table = Pa::new(1 << bit);
+            for level in [Level::L0, Level::L1, Level::L2] {
+                assert_eq!(Descriptor::table(table).view(level), View::Table(table));
+            }
+        }
+    }
+
+    #[test]
+    fn what_translates_nothing_is_empty_or_busy_at_every_level() {
+        for level in [Level::L0, Level::L1, Level::L2, Level::L3] {
+            assert_eq!(Descriptor::EMPTY.view(level), View::Empty);
+            assert_eq!(Descriptor::BUSY.view(level), View::Busy);
+            assert!(!Descriptor::BUSY.is_leaf(level) && !Descriptor::BUSY.is_writable());
+        }
+    }
+
+    #[test]
+    fn permission_edits_touch_nothing_else() {
+        for leaf in every_leaf() {
+            let format = Format { forced_write_back: false };
+            let level = Level::L3;
+            let descriptor = Descriptor::leaf(&leaf, level, format);
+            assert_eq!(descriptor.writable().view(level), View::Leaf(Leaf { write: true, ..leaf }));
+            assert_eq!(descriptor.read_only().view(level), View::Leaf(Leaf { write: false, ..leaf }));
+            assert_eq!(descriptor.young().view(level), View::Leaf(Leaf { young: true, ..leaf }));
+            assert_eq!(descriptor.old().view(level), View::Leaf(Leaf { young: false, ..leaf }));
+        }
+    }
+
+    #[test]
+    fn device_memory_is_never_executable() {
+        for leaf in every_leaf() {
+            let descriptor = Descriptor::leaf(&leaf, Level::L3, Format { forced_write_back: true });
+            assert_eq!(descriptor.is_executable(), leaf.read && leaf.memory == Memory::Normal);
+        }
+    }
+}
