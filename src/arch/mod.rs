@@ -5,6 +5,7 @@
 //! unchanged. No other module contains `asm!` or names a system register.
 
 pub mod atomic;
+pub mod stage1;
 
 #[cfg(target_os = "none")]
 mod hw;

@@ -5,6 +5,7 @@
 
 mod atomics;
 mod barriers;
+pub mod boot;
 mod cache;
 mod registers;
 mod tlbi;

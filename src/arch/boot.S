@@ -1,0 +1,309 @@
+// Entry of every CPU, up to its first line of Rust.
+//
+// The state at entry is that of the Linux boot protocol: MMU off, data cache off or clean for the image, x0 = device
+// tree (boot CPU) or what PSCI was given (the others). EL2 system registers are UNKNOWN. No Rust runs before the MMU
+// and caches are on: without them atomics and unaligned accesses need not work.
+//
+// What is written while caches are off goes past them, so it is invalidated from them before they come on.
+
+.macro address register, symbol
+    adrp    \register, \symbol
+    add     \register, \register, :lo12:\symbol
+.endm
+
+.macro constant register, value
+    movz    \register, #((\value) & 0xffff)
+    movk    \register, #(((\value) >> 16) & 0xffff), lsl #16
+    movk    \register, #(((\value) >> 32) & 0xffff), lsl #32
+    movk    \register, #(((\value) >> 48) & 0xffff), lsl #48
+.endm
+
+.section .head, "ax"
+.global image_head
+image_head:
+    b       boot_cpu_entry
+    nop
+    .quad   0                           // text_offset: any 2 MiB boundary
+    .quad   image_bytes                 // image_size: what must stay free, BSS and stacks included
+    .quad   0xa                         // flags: little-endian, 4 KiB pages, anywhere in memory
+    .quad   0, 0, 0
+    .ascii  "ARM\x64"
+    .word   0                           // no PE header
+
+.section .text.boot, "ax"
+
+boot_cpu_entry:
+    msr     daifset, #0xf
+    mov     x19, x0                     // device tree
+    bl      check_device_tree
+    bl      zero_bss
+    bl      relocate
+    bl      map_boot_memory
+    bl      invalidate_image
+    mrs     x9, CurrentEL
+    cmp     x9, #{CURRENT_EL2}
+    b.ne    boot_cpu_below_el2
+    bl      enter_el2
+    address x0, early_tables
+    bl      enable_mmu
+    address x9, boot_cpu_block
+    msr     tpidr_el2, x9
+    address x10, boot_emergency_stack_top
+    str     x10, [x9, #{EMERGENCY_STACK_TOP}]
+    address x9, boot_stack_top
+    mov     sp, x9
+    mov     x29, xzr
+    mov     x30, xzr
+    mov     x0, x19
+    bl      boot_cpu_main
+    b       park
+
+// x0 = physical address of a Launch record, cleaned to the point of coherency by the boot CPU.
+.global other_cpu_entry
+other_cpu_entry:
+    msr     daifset, #0xf
+    mov     x19, x0
+    bl      enter_el2
+    ldr     x0, [x19, #{LAUNCH_TABLES}]
+    bl      enable_mmu
+    ldp     x9, x10, [x19, #{LAUNCH_STACK_TOP}]
+    mov     sp, x9
+    msr     tpidr_el2, x10
+    mov     x29, xzr
+    mov     x30, xzr
+    ldr     x0, [x19, #{LAUNCH_ARGUMENT}]
+    bl      other_cpu_main
+    b       park
+
+// The hypervisor was started one level too low: run just enough Rust to say so.
+boot_cpu_below_el2:
+    constant x9, {MAIR}
+    msr     mair_el1, x9
+    mrs     x10, id_aa64mmfr0_el1
+    constant x9, {TCR_EL1}
+    bfi     x9, x10, #32, #3            // IPS = PARange
+    msr     tcr_el1, x9
+    address x9, early_tables
+    msr     ttbr0_el1, x9
+    isb
+    tlbi    vmalle1
+    ic      iallu
+    dsb     nsh
+    isb
+    constant x9, {SCTLR_EL1_ON}
+    msr     sctlr_el1, x9
+    isb
+    address x9, boot_stack_top
+    mov     sp, x9
+    mov     x29, xzr
+    mov     x30, xzr
+    mov     x0, x19
+    bl      refuse_below_el2
+park:
+    wfi
+    b       park
+
+// A tree that is absent, misaligned, no tree, or inside the image cannot be reported: nothing says where a UART is.
+// x19 = tree; x20 = its bytes. Clobbers x9-x11.
+check_device_tree:
+    cbz     x19, park
+    tst     x19, #7
+    b.ne    park
+    ldr     w9, [x19]
+    rev     w9, w9
+    constant x10, 0xd00dfeed
+    cmp     x9, x10
+    b.ne    park
+    ldr     w20, [x19, #4]
+    rev     w20, w20
+    address x9, image_start
+    address x10, image_end
+    add     x11, x19, x20
+    cmp     x19, x10
+    b.hs    1f
+    cmp     x11, x9
+    b.hi    park
+1:  ret
+
+zero_bss:
+    address x9, image_bss_start
+    address x10, image_bss_end
+1:  cmp     x9, x10
+    b.hs    2f
+    stp     xzr, xzr, [x9], #16
+    b       1b
+2:  ret
+
+// Applies R_AARCH64_RELATIVE, the only relocation the link may leave (the image builder refuses others).
+relocate:
+    address x9, image_start
+    address x10, image_rela_start
+    address x11, image_rela_end
+1:  cmp     x10, x11
+    b.hs    3f
+    ldp     x12, x13, [x10], #16        // where, kind
+    ldr     x14, [x10], #8              // addend
+    cmp     x13, #{R_AARCH64_RELATIVE}
+    b.ne    park
+    add     x14, x14, x9
+    str     x14, [x12, x9]
+    b       1b
+3:  ret
+
+// Identity-maps the image, executable and writable until the final map replaces this one, and the tree, read-only.
+map_boot_memory:
+    mov     x28, x30
+    mrs     x9, CurrentEL
+    constant x1, {BLOCK_IMAGE}
+    constant x10, {BLOCK_IMAGE_EL1}
+    cmp     x9, #{CURRENT_EL2}
+    csel    x1, x1, x10, eq
+    address x0, image_start
+    address x7, image_end
+    bl      map_blocks
+    constant x1, {BLOCK_TREE}
+    mov     x0, x19
+    add     x7, x19, x20
+    bl      map_blocks
+    br      x28
+
+// Maps [x0, x7) by blocks with attributes x1. Clobbers x0, x2-x6, x8, x27.
+map_blocks:
+    mov     x27, x30
+    lsr     x8, x0, #21
+    lsl     x8, x8, #21
+1:  mov     x0, x8
+    bl      map_early_block
+    cbnz    x0, park
+    add     x8, x8, #0x200000
+    cmp     x8, x7
+    b.lo    1b
+    br      x27
+
+// Maps the 2 MiB block that holds x0 with attributes x1, unless it is mapped. x0 = 0: done; 1: out of tables.
+// Callable from Rust: clobbers x0, x2-x6 only.
+.global map_early_block
+map_early_block:
+    address x2, early_tables
+    mov     x3, #39
+1:  lsr     x4, x0, x3
+    and     x4, x4, #511
+    add     x4, x2, x4, lsl #3          // slot
+    ldr     x5, [x4]
+    cmp     x3, #21
+    b.eq    3f
+    cbnz    x5, 2f
+    address x6, early_tables_used
+    ldr     x5, [x6]
+    cmp     x5, #{EARLY_TABLES}
+    b.hs    5f
+    add     x5, x5, #1
+    str     x5, [x6]
+    address x6, early_tables
+    add     x5, x6, x5, lsl #12
+    orr     x5, x5, #3                  // table descriptor
+    dsb     ishst                       // the table's zeros before its address
+    str     x5, [x4]
+2:  and     x2, x5, #0x0000fffffffff000
+    sub     x3, x3, #9
+    b       1b
+3:  cbnz    x5, 4f
+    lsr     x5, x0, #21
+    lsl     x5, x5, #21
+    orr     x5, x5, x1
+    str     x5, [x4]
+4:  dsb     ishst
+    isb
+    mov     x0, #0
+    ret
+5:  mov     x0, #1
+    ret
+
+// Drops what caches hold of the memory written above; memory has the truth.
+invalidate_image:
+    mrs     x9, ctr_el0
+    ubfx    x9, x9, #16, #4
+    mov     x10, #4
+    lsl     x9, x10, x9                 // bytes in the smallest line
+    address x10, image_start
+    address x11, image_end
+1:  dc      ivac, x10
+    add     x10, x10, x9
+    cmp     x10, x11
+    b.lo    1b
+    dsb     sy
+    ret
+
+// Gives EL2 a known translation regime: not E2H, MMU off, vectors set. Rust writes the remaining registers.
+enter_el2:
+    constant x9, {SCTLR_OFF}
+    msr     sctlr_el2, x9
+    constant x9, {HCR_RESET}
+    msr     hcr_el2, x9
+    isb
+    mrs     x9, hcr_el2
+    tbnz    x9, #34, park               // E2H cannot be cleared; Rust cannot say so, its registers would be others'
+    address x9, vectors
+    msr     vbar_el2, x9
+    isb
+    ret
+
+// x0 = TTBR0_EL2.
+enable_mmu:
+    constant x9, {MAIR}
+    msr     mair_el2, x9
+    mrs     x10, id_aa64mmfr0_el1
+    and     x10, x10, #0xf
+    cmp     x10, #5                     // this format addresses 48 bits
+    mov     x11, #5
+    csel    x10, x10, x11, ls
+    constant x9, {TCR_EL2}
+    bfi     x9, x10, #16, #3            // PS
+    msr     tcr_el2, x9
+    msr     ttbr0_el2, x0
+    isb
+    tlbi    alle2
+    ic      iallu
+    dsb     nsh
+    isb
+    constant x9, {SCTLR_ON}
+    msr     sctlr_el2, x9
+    isb
+    ret
+
+// x0 = new TTBR0_EL2, x1 = SCTLR_EL2 under it. Blocks become pages here, so the MMU is off in between; no memory is
+// accessed then, and the code is the same at the same address in both maps.
+.global switch_tables
+switch_tables:
+    mrs     x2, sctlr_el2
+    bic     x2, x2, #1
+    dsb     ish
+    msr     sctlr_el2, x2
+    isb
+    msr     ttbr0_el2, x0
+    isb
+    tlbi    alle2
+    dsb     nsh
+    isb
+    msr     sctlr_el2, x1
+    isb
+    ret
+
+.section .bss.boot, "aw", %nobits
+.balign 4096
+early_tables:
+    .skip   4096 * ({EARLY_TABLES} + 1)
+.global boot_stack_guard, boot_stack_top, boot_emergency_stack_guard, boot_emergency_stack_top
+boot_stack_guard:
+    .skip   4096
+    .skip   {BOOT_STACK}
+boot_stack_top:
+boot_emergency_stack_guard:
+    .skip   4096
+    .skip   {EMERGENCY_STACK}
+boot_emergency_stack_top:
+.global boot_cpu_block
+boot_cpu_block:
+    .skip   4096
+early_tables_used:
+    .skip   8

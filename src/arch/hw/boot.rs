@@ -1,0 +1,176 @@
+//! What boot's assembly needs to know, and what it offers to Rust.
+
+use core::arch::{asm, global_asm};
+use core::ops::Range;
+
+use aarch64_cpu::registers::{
+    CurrentEL, HCR_EL2, MAIR_EL1, MAIR_EL2, SCTLR_EL1, SCTLR_EL2, TCR_EL1, TCR_EL2,
+};
+
+use crate::addr::Pa;
+use crate::arch::stage1;
+use crate::sync::percpu::EMERGENCY_STACK_TOP_OFFSET;
+
+/// Bytes of the boot CPU's stack, which runs the controller too; the other CPUs' stacks are allocated.
+pub const BOOT_STACK_BYTES: u64 = 64 << 10;
+/// Bytes of every CPU's stack for exceptions taken from EL2.
+pub const EMERGENCY_STACK_BYTES: u64 = 8 << 10;
+
+/// Tables for the image, the tree and the UART, each possibly across a 1 GiB boundary, beside the root.
+const EARLY_TABLES: u64 = 12;
+/// Relocation kind that adds the load address.
+const R_AARCH64_RELATIVE: u32 = 1027;
+/// SCTLR_EL2 bits that are RES1 without FEAT_VHE's E2H.
+const SCTLR_EL2_RES1: u64 = 0x30c5_0830;
+/// SCTLR_EL1 bits that are RES1 in Armv8.0.
+const SCTLR_EL1_RES1: u64 = 0x30d0_0800;
+/// TCR_EL2 bits that are RES1 without E2H.
+const TCR_EL2_RES1: u64 = 1 << 31 | 1 << 23;
+
+const SCTLR_ON: u64 = SCTLR_EL2_RES1
+    | SCTLR_EL2::M::Enable.value
+    | SCTLR_EL2::C::Cacheable.value
+    | SCTLR_EL2::I::Cacheable.value
+    | SCTLR_EL2::SA::Enable.value;
+/// With the final map: nothing writable is executable, whatever its descriptor says.
+const SCTLR_FINAL: u64 = SCTLR_ON | SCTLR_EL2::WXN::Enable.value;
+const SCTLR_EL1_ON: u64 = SCTLR_EL1_RES1
+    | SCTLR_EL1::M::Enable.value
+    | SCTLR_EL1::C::Cacheable.value
+    | SCTLR_EL1::I::Cacheable.value;
+const TCR_EL2_VALUE: u64 = TCR_EL2_RES1
+    | TCR_EL2::T0SZ.val(stage1::T0SZ).value
+    | TCR_EL2::TG0::KiB_4.value
+    | TCR_EL2::SH0::Inner.value
+    | TCR_EL2::ORGN0::WriteBack_ReadAlloc_WriteAlloc_Cacheable.value
+    | TCR_EL2::IRGN0::WriteBack_ReadAlloc_WriteAlloc_Cacheable.value;
+const TCR_EL1_VALUE: u64 = TCR_EL1::EPD1::DisableTTBR1Walks.value
+    | TCR_EL1::T0SZ.val(stage1::T0SZ).value
+    | TCR_EL1::TG0::KiB_4.value
+    | TCR_EL1::SH0::Inner.value
+    | TCR_EL1::ORGN0::WriteBack_ReadAlloc_WriteAlloc_Cacheable.value
+    | TCR_EL1::IRGN0::WriteBack_ReadAlloc_WriteAlloc_Cacheable.value;
+const MAIR: u64 = MAIR_EL2::Attr0_Normal_Outer::WriteBack_NonTransient_ReadWriteAlloc.value
+    | MAIR_EL2::Attr0_Normal_Inner::WriteBack_NonTransient_ReadWriteAlloc.value
+    | MAIR_EL2::Attr1_Device::nonGathering_nonReordering_EarlyWriteAck.value;
+const _: () = assert!(
+    MAIR == MAIR_EL1::Attr0_Normal_Outer::WriteBack_NonTransient_ReadWriteAlloc.value
+        | MAIR_EL1::Attr0_Normal_Inner::WriteBack_NonTransient_ReadWriteAlloc.value
+        | MAIR_EL1::Attr1_Device::nonGathering_nonReordering_EarlyWriteAck.value
+);
+
+/// What a CPU that PSCI starts is given; read with its MMU off.
+#[derive(Debug)]
+#[repr(C, align(64))]
+pub struct Launch {
+    /// Root of the final EL2 map.
+    pub tables: Pa,
+    /// Top of its stack.
+    pub stack_top: u64,
+    /// Its [`crate::sync::percpu::CpuBlock`].
+    pub block: u64,
+    /// Passed to `other_cpu_main`.
+    pub argument: u64,
+}
+
+global_asm!(
+    include_str!("../boot.S"),
+    CURRENT_EL2 = const CurrentEL::EL::EL2.value,
+    EMERGENCY_STACK_TOP = const EMERGENCY_STACK_TOP_OFFSET,
+    LAUNCH_TABLES = const core::mem::offset_of!(Launch, tables),
+    LAUNCH_STACK_TOP = const core::mem::offset_of!(Launch, stack_top),
+    LAUNCH_ARGUMENT = const core::mem::offset_of!(Launch, argument),
+    MAIR = const MAIR,
+    TCR_EL1 = const TCR_EL1_VALUE,
+    TCR_EL2 = const TCR_EL2_VALUE,
+    SCTLR_EL1_ON = const SCTLR_EL1_ON,
+    SCTLR_OFF = const SCTLR_EL2_RES1,
+    SCTLR_ON = const SCTLR_ON,
+    HCR_RESET = const HCR_EL2::RW::EL1IsAarch64.value,
+    R_AARCH64_RELATIVE = const R_AARCH64_RELATIVE,
+    BLOCK_IMAGE = const stage1::BLOCK_IMAGE,
+    BLOCK_IMAGE_EL1 = const stage1::BLOCK_IMAGE_EL1,
+    BLOCK_TREE = const stage1::BLOCK_TREE,
+    EARLY_TABLES = const EARLY_TABLES,
+    BOOT_STACK = const BOOT_STACK_BYTES,
+    EMERGENCY_STACK = const EMERGENCY_STACK_BYTES,
+);
+global_asm!(
+    include_str!("../vectors.S"),
+    EMERGENCY_STACK_TOP = const EMERGENCY_STACK_TOP_OFFSET,
+);
+
+const _: () = assert!(core::mem::offset_of!(Launch, block) == core::mem::offset_of!(Launch, stack_top) + 8);
+
+unsafe extern "C" {
+    static image_start: u8;
+    static image_code_end: u8;
+    static image_constants_end: u8;
+    static image_end: u8;
+    static boot_stack_guard: u8;
+    static boot_emergency_stack_guard: u8;
+    fn other_cpu_entry();
+    fn map_early_block(address: u64, attributes: u64) -> u64;
+    fn switch_tables(root: u64, sctlr: u64);
+}
+
+fn address_of(symbol: *const u8) -> Pa {
+    Pa::new(symbol.expose_provenance() as u64)
+}
+
+/// Where the image lies; everything runs at its physical address.
+#[derive(Clone, Debug)]
+pub struct Image {
+    /// Executable, read-only.
+    pub code: Range<Pa>,
+    /// Read-only.
+    pub constants: Range<Pa>,
+    /// Writable; holds the boot CPU's stacks.
+    pub data: Range<Pa>,
+    /// First bytes of pages in `data` that must fault: they end stacks.
+    pub guards: [Pa; 2],
+}
+
+/// Where the image lies.
+pub fn image() -> Image {
+    let [start, code_end, constants_end, end] =
+        [&raw const image_start, &raw const image_code_end, &raw const image_constants_end, &raw const image_end]
+            .map(address_of);
+    Image {
+        code: start..code_end,
+        constants: code_end..constants_end,
+        data: constants_end..end,
+        guards: [&raw const boot_stack_guard, &raw const boot_emergency_stack_guard].map(address_of),
+    }
+}
+
+/// Where PSCI has to send a CPU.
+pub fn other_cpu_entry_point() -> Pa {
+    Pa::new((other_cpu_entry as *const ()).expose_provenance() as u64)
+}
+
+/// Maps the 2 MiB around a device before the final map exists. False: no table is left.
+///
+/// # Safety
+///
+/// The 2 MiB around `device` hold devices only, and only the boot CPU runs, on the early map.
+pub unsafe fn map_early_device(device: Pa) -> bool {
+    // SAFETY: the early tables are the boot CPU's alone; a new mapping of a device makes no reference invalid.
+    unsafe { map_early_block(device.raw(), stage1::BLOCK_DEVICE) == 0 }
+}
+
+/// Replaces this CPU's early map by the final one.
+///
+/// # Safety
+///
+/// `root` is the root of an identity map of everything in use, under which code is executable and not writable.
+pub unsafe fn activate_map(root: Pa) {
+    // SAFETY: the caller vouches for the map; the switch itself touches no memory.
+    unsafe { switch_tables(root.raw(), SCTLR_FINAL) };
+}
+
+/// Adds write-implies-execute-never to a CPU that started on the final map.
+pub fn forbid_writable_code() {
+    // SAFETY: under the final map nothing that is executed is writable.
+    unsafe { asm!("msr sctlr_el2, {}", "isb", in(reg) SCTLR_FINAL, options(nostack, preserves_flags)) };
+}

@@ -1,0 +1,6 @@
+//! The machine's devices, and what its firmware tables say of it.
+
+pub mod machine;
+pub mod pl011;
+pub mod psci;
+pub mod tree;

@@ -1,0 +1,89 @@
+//! The physical machine's PSCI (Arm DEN0022F): starting CPUs and switching off.
+
+use core::sync::atomic::{AtomicU8, Ordering};
+
+use crate::addr::Pa;
+use crate::arch;
+
+/// How firmware is called.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[repr(u8)]
+pub enum Conduit {
+    /// `SMC`, to EL3.
+    Smc = 1,
+    /// `HVC`, to a hypervisor above this one.
+    Hvc = 2,
+}
+
+/// What firmware answers to a request it does not carry out (DEN0022F, 5.2.2).
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Refusal(pub i32);
+
+const VERSION: u32 = 0x8400_0000;
+const SYSTEM_OFF: u32 = 0x8400_0008;
+const SYSTEM_RESET: u32 = 0x8400_0009;
+const CPU_ON: u32 = 0xc400_0003;
+
+/// The conduit, for calls made when nothing else is known any more; 0 until [`set_conduit`].
+static CONDUIT: AtomicU8 = AtomicU8::new(0);
+
+/// Declares how firmware is called. Called once, by boot.
+pub fn set_conduit(conduit: Conduit) {
+    CONDUIT.store(conduit as u8, Ordering::Relaxed);
+}
+
+/// # Safety
+///
+/// As for [`arch::smc`].
+unsafe fn call(function: u32, arguments: [u64; 3]) -> Result<u64, Refusal> {
+    const NOT_SUPPORTED: Refusal = Refusal(-1);
+    let result = match CONDUIT.load(Ordering::Relaxed) {
+        // SAFETY: the caller's duty.
+        it if it == Conduit::Smc as u8 => unsafe { arch::smc(function, arguments) },
+        // SAFETY: the caller's duty.
+        it if it == Conduit::Hvc as u8 => unsafe { arch::hvc(function, arguments) },
+        _ => return Err(NOT_SUPPORTED),
+    };
+    #[expect(clippy::cast_possible_truncation, reason = "PSCI error codes are 32 bits of the register")]
+    match result as i32 {
+        error @ ..0 => Err(Refusal(error)),
+        _ => Ok(result),
+    }
+}
+
+/// Major and minor version.
+///
+/// # Errors
+///
+/// What firmware answered.
+pub fn version() -> Result<(u64, u64), Refusal> {
+    // SAFETY: asking for the version changes nothing.
+    let version = unsafe { call(VERSION, [0; 3]) }?;
+    Ok((version >> 16, version & 0xffff))
+}
+
+/// Starts the CPU with affinity `mpidr` at `entry` with `argument` in x0.
+///
+/// # Safety
+///
+/// `entry` is code for a CPU with its MMU off, and `argument` what it expects.
+///
+/// # Errors
+///
+/// What firmware answered.
+pub unsafe fn cpu_on(mpidr: u64, entry: Pa, argument: u64) -> Result<(), Refusal> {
+    // SAFETY: the new CPU's effects are the caller's duty.
+    unsafe { call(CPU_ON, [mpidr, entry.raw(), argument]) }.map(|_| ())
+}
+
+/// Switches the machine off; where firmware cannot, resets it; where it cannot either, sleeps for ever.
+pub fn system_off() -> ! {
+    for function in [SYSTEM_OFF, SYSTEM_RESET] {
+        // SAFETY: nothing runs afterwards.
+        let refused = unsafe { call(function, [0; 3]) };
+        debug_assert!(refused.is_err(), "a machine that is off does not answer");
+    }
+    loop {
+        arch::wfi();
+    }
+}

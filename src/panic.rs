@@ -1,0 +1,103 @@
+//! How a run ends.
+//!
+//! Every run ends with the line `{"vellum":"exit","status":N}`, which is what tools take its status from, and the
+//! machine switched off. When the hypervisor itself is at fault an epitaph comes first: where, why, the registers of an
+//! exception taken from EL2, and what this CPU did last. Writing it touches no guest state.
+
+use core::fmt::Arguments;
+use core::panic::PanicInfo;
+use core::sync::atomic::{AtomicBool, Ordering};
+
+use crate::arch;
+use crate::dev::psci;
+use crate::log::{flush, last_line};
+use crate::sync::percpu;
+
+/// Exit status after a panic.
+pub const PANICKED: u32 = 101;
+/// Exit status after input that cannot be worked with.
+pub const REFUSED: u32 = 2;
+
+/// The CPU that writes the epitaph; others that fail meanwhile say nothing.
+static DYING: AtomicBool = AtomicBool::new(false);
+
+/// Ends the run: says `status` and switches the machine off.
+pub fn exit(status: u32) -> ! {
+    last_line(format_args!(r#"{{"vellum":"exit","status":{status}}}"#));
+    flush();
+    psci::system_off()
+}
+
+/// Ends a run that cannot be done, saying why in one line.
+pub fn refuse(reason: Arguments<'_>) -> ! {
+    last_line(format_args!(r#"{{"vellum":"error","text":"{reason}"}}"#));
+    exit(REFUSED)
+}
+
+/// The panic handler.
+pub fn epitaph(info: &PanicInfo<'_>) -> ! {
+    claim();
+    match info.location() {
+        Some(at) => last_line(format_args!("PANIC on cpu{} at {}:{}: {}", percpu::index(), at.file(), at.line(), info.message())),
+        None => last_line(format_args!("PANIC on cpu{}: {}", percpu::index(), info.message())),
+    }
+    last_events();
+    exit(PANICKED)
+}
+
+/// Registers at an exception taken from EL2, as the vectors saved them.
+#[derive(Debug)]
+#[repr(C)]
+pub struct Registers {
+    /// x0 to x30; x30 is lost when the vectors needed it.
+    pub x: [u64; 31],
+    /// The stack pointer of the interrupted code.
+    pub sp: u64,
+}
+
+/// Where the vectors end up with an exception that must not happen.
+#[unsafe(no_mangle)]
+extern "C" fn fatal_exception(registers: &Registers, vector: u64) -> ! {
+    const KIND: [&str; 4] = ["synchronous exception", "IRQ", "FIQ", "SError"];
+    const FROM: [&str; 4] = ["EL2 with SP_EL0", "EL2", "a guest", "a 32-bit guest"];
+    claim();
+    let pick = |names: [&'static str; 4], index: u64| names[usize::try_from(index & 3).unwrap_or_default()];
+    let kind = pick(KIND, vector);
+    let from = pick(FROM, vector >> 2);
+    let syndrome = arch::syndrome();
+    last_line(format_args!("PANIC on cpu{}: {kind} from {from}", percpu::index()));
+    last_line(format_args!(
+        "  esr {:#x} (class {:#04x})  elr {:#x}  far {:#x}  hpfar {:#x}  spsr {:#x}",
+        syndrome.esr,
+        syndrome.esr >> 26,
+        syndrome.elr,
+        syndrome.far,
+        syndrome.hpfar,
+        syndrome.spsr
+    ));
+    last_line(format_args!("  sp {:#018x}  image at {:#x}", registers.sp, arch::image_base()));
+    for (row, values) in registers.x.chunks(4).enumerate() {
+        let first = row * 4;
+        match *values {
+            [a, b, c, d] => last_line(format_args!("  x{first:<2} {a:#018x} {b:#018x} {c:#018x} {d:#018x}")),
+            _ => values.iter().for_each(|it| last_line(format_args!("  x{first:<2} {it:#018x}"))),
+        }
+    }
+    last_events();
+    exit(PANICKED)
+}
+
+/// Makes this the CPU that writes, or sleeps for ever when another is.
+fn claim() {
+    if DYING.swap(true, Ordering::Relaxed) {
+        loop {
+            arch::wfi();
+        }
+    }
+}
+
+fn last_events() {
+    for event in percpu::this().ring.latest() {
+        last_line(format_args!("  {event}"));
+    }
+}
