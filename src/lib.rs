@@ -13,7 +13,10 @@ extern crate std;
 
 pub mod addr;
 pub mod arch;
+pub mod dev;
+pub mod log;
 pub mod mem;
 pub mod mmu;
+pub mod panic;
 pub mod sync;
 pub mod trace;

@@ -19,7 +19,11 @@ struct Console;
 /// Sends all output to `uart` from here on.
 pub fn start(uart: Pl011) {
     *CONSOLE.lock() = Some(uart);
-    let level = if cfg!(debug_assertions) { LevelFilter::Debug } else { LevelFilter::Info };
+    let level = if cfg!(debug_assertions) {
+        LevelFilter::Debug
+    } else {
+        LevelFilter::Info
+    };
     if log::set_logger(&Console).is_ok() {
         log::set_max_level(level);
     }
@@ -84,7 +88,10 @@ impl Log for Console {
         let module = record.module_path().unwrap_or_default();
         let module = module.split_once("::").map_or(module, |(_, inner)| inner);
         let (cpu, level) = (percpu::index(), record.level());
-        line(format_args!("[{Uptime} cpu{cpu} {level:5} {module}] {}", record.args()));
+        line(format_args!(
+            "[{Uptime} cpu{cpu} {level:5} {module}] {}",
+            record.args()
+        ));
     }
 
     fn flush(&self) {

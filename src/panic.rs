@@ -38,8 +38,18 @@ pub fn refuse(reason: Arguments<'_>) -> ! {
 pub fn epitaph(info: &PanicInfo<'_>) -> ! {
     claim();
     match info.location() {
-        Some(at) => last_line(format_args!("PANIC on cpu{} at {}:{}: {}", percpu::index(), at.file(), at.line(), info.message())),
-        None => last_line(format_args!("PANIC on cpu{}: {}", percpu::index(), info.message())),
+        Some(at) => last_line(format_args!(
+            "PANIC on cpu{} at {}:{}: {}",
+            percpu::index(),
+            at.file(),
+            at.line(),
+            info.message()
+        )),
+        None => last_line(format_args!(
+            "PANIC on cpu{}: {}",
+            percpu::index(),
+            info.message()
+        )),
     }
     last_events();
     exit(PANICKED)
@@ -61,11 +71,16 @@ extern "C" fn fatal_exception(registers: &Registers, vector: u64) -> ! {
     const KIND: [&str; 4] = ["synchronous exception", "IRQ", "FIQ", "SError"];
     const FROM: [&str; 4] = ["EL2 with SP_EL0", "EL2", "a guest", "a 32-bit guest"];
     claim();
-    let pick = |names: [&'static str; 4], index: u64| names[usize::try_from(index & 3).unwrap_or_default()];
+    let pick = |names: [&'static str; 4], index: u64| {
+        names[usize::try_from(index & 3).unwrap_or_default()]
+    };
     let kind = pick(KIND, vector);
     let from = pick(FROM, vector >> 2);
     let syndrome = arch::syndrome();
-    last_line(format_args!("PANIC on cpu{}: {kind} from {from}", percpu::index()));
+    last_line(format_args!(
+        "PANIC on cpu{}: {kind} from {from}",
+        percpu::index()
+    ));
     last_line(format_args!(
         "  esr {:#x} (class {:#04x})  elr {:#x}  far {:#x}  hpfar {:#x}  spsr {:#x}",
         syndrome.esr,
@@ -75,12 +90,20 @@ extern "C" fn fatal_exception(registers: &Registers, vector: u64) -> ! {
         syndrome.hpfar,
         syndrome.spsr
     ));
-    last_line(format_args!("  sp {:#018x}  image at {:#x}", registers.sp, arch::image_base()));
+    last_line(format_args!(
+        "  sp {:#018x}  image at {:#x}",
+        registers.sp,
+        arch::image_base()
+    ));
     for (row, values) in registers.x.chunks(4).enumerate() {
         let first = row * 4;
         match *values {
-            [a, b, c, d] => last_line(format_args!("  x{first:<2} {a:#018x} {b:#018x} {c:#018x} {d:#018x}")),
-            _ => values.iter().for_each(|it| last_line(format_args!("  x{first:<2} {it:#018x}"))),
+            [a, b, c, d] => last_line(format_args!(
+                "  x{first:<2} {a:#018x} {b:#018x} {c:#018x} {d:#018x}"
+            )),
+            _ => values
+                .iter()
+                .for_each(|it| last_line(format_args!("  x{first:<2} {it:#018x}"))),
         }
     }
     last_events();

@@ -4,6 +4,8 @@
 //! store. Reading all CPUs' counters ([`Counters::read`]) while they run gives values that are each exact at some
 //! recent moment.
 
+pub mod ring;
+
 // Counters are no part of any protocol, so loom need not see them: `core`'s atomics, always.
 use core::sync::atomic::{AtomicU64, Ordering};
 

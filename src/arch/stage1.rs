@@ -29,7 +29,8 @@ pub const BLOCK_IMAGE: u64 = VALID | EL2_RES1 | INNER_SHAREABLE | ACCESSED;
 /// The same for EL1, where AP\[1\] would give the block to EL0.
 pub const BLOCK_IMAGE_EL1: u64 = VALID | INNER_SHAREABLE | ACCESSED;
 /// A 2 MiB block of the device tree.
-pub const BLOCK_TREE: u64 = VALID | EL2_RES1 | READ_ONLY | INNER_SHAREABLE | ACCESSED | NEVER_EXECUTE;
+pub const BLOCK_TREE: u64 =
+    VALID | EL2_RES1 | READ_ONLY | INNER_SHAREABLE | ACCESSED | NEVER_EXECUTE;
 /// A 2 MiB block of device registers.
 pub const BLOCK_DEVICE: u64 = VALID | EL2_RES1 | DEVICE | ACCESSED | NEVER_EXECUTE;
 
@@ -85,7 +86,10 @@ impl<F: FnMut() -> Option<Pa>> Map<F> {
     ///
     /// [`Error::OutOfMemory`].
     pub unsafe fn new(mut new_table: F) -> Result<Self, Error> {
-        Ok(Self { root: new_table().ok_or(Error::OutOfMemory)?, new_table })
+        Ok(Self {
+            root: new_table().ok_or(Error::OutOfMemory)?,
+            new_table,
+        })
     }
 
     /// Maps `region` at its own address, by the largest blocks that fit, replacing what was there.
@@ -114,7 +118,10 @@ impl<F: FnMut() -> Option<Pa>> Map<F> {
 
     fn write(&mut self, region: Range<Pa>, kind: Option<Kind>) -> Result<(), Error> {
         let (mut at, end) = (region.start.raw(), region.end.raw());
-        if end > SPACE_END || !region.start.is_aligned(PAGE_BYTES) || !region.end.is_aligned(PAGE_BYTES) {
+        if end > SPACE_END
+            || !region.start.is_aligned(PAGE_BYTES)
+            || !region.end.is_aligned(PAGE_BYTES)
+        {
             return Err(Error::BadRegion);
         }
         while at < end {
@@ -176,16 +183,18 @@ fn entry(table: Pa, address: u64, level: u32) -> *mut u64 {
 
 #[cfg(test)]
 mod tests {
-    use super::{ADDRESS, DEVICE, Error, Kind, Map, NEVER_EXECUTE, READ_ONLY, TABLE_OR_PAGE, VALID, entry};
+    use super::{
+        ADDRESS, DEVICE, Error, Kind, Map, NEVER_EXECUTE, READ_ONLY, TABLE_OR_PAGE, VALID, entry,
+    };
     use crate::addr::Pa;
 
     fn page() -> Option<Pa> {
-        let table = std::boxed::Box::leak(std::boxed::Box::new(Table([0; 512])));
+        let table = Box::leak(Box::new(Table([0; 512])));
         Some(Pa::new((&raw mut *table).expose_provenance() as u64))
     }
 
     #[repr(align(4096))]
-    struct Table([u64; 512]);
+    struct Table(#[expect(dead_code, reason = "accessed as a translation table")] [u64; 512]);
 
     /// Level and descriptor that translate `address`.
     fn look_up(root: Pa, address: u64) -> Option<(u32, u64)> {
@@ -232,22 +241,34 @@ mod tests {
             (0x4020_3000, 0x4020_4000, Kind::Constants),
         ];
         let root = map(&regions, &[0x4020_5000]);
-        let permission = |address| look_up(root, address).map(|(_, it)| it & (READ_ONLY | NEVER_EXECUTE));
+        let permission =
+            |address| look_up(root, address).map(|(_, it)| it & (READ_ONLY | NEVER_EXECUTE));
         assert_eq!(permission(0x4020_2000), Some(READ_ONLY));
         assert_eq!(permission(0x4020_3000), Some(READ_ONLY | NEVER_EXECUTE));
         assert_eq!(permission(0x4020_4000), Some(NEVER_EXECUTE));
         assert_eq!(permission(0x4020_5000), None);
         assert_eq!(permission(0x4020_6000), Some(NEVER_EXECUTE));
-        for address in (0x4000_0000..0x8000_0000).step_by(0x1f_f000).filter(|&it| it != 0x4020_5000) {
+        for address in (0x4000_0000..0x8000_0000)
+            .step_by(0x1f_f000)
+            .filter(|&it| it != 0x4020_5000)
+        {
             let (level, descriptor) = look_up(root, address).unwrap();
-            assert_eq!(descriptor & ADDRESS, address & !(super::span(level) - 1), "identity at {address:#x}");
+            assert_eq!(
+                descriptor & ADDRESS,
+                address & !(super::span(level) - 1),
+                "identity at {address:#x}"
+            );
         }
     }
 
     #[test]
     fn nothing_is_writable_and_executable() {
         for kind in [Kind::Data, Kind::Constants, Kind::Code, Kind::Device] {
-            assert_ne!(kind.attributes() & (READ_ONLY | NEVER_EXECUTE), 0, "{kind:?}");
+            assert_ne!(
+                kind.attributes() & (READ_ONLY | NEVER_EXECUTE),
+                0,
+                "{kind:?}"
+            );
         }
         assert_ne!(Kind::Device.attributes() & DEVICE, 0);
     }
@@ -258,7 +279,10 @@ mod tests {
         let mut map = unsafe { Map::new(page) }.unwrap();
         let beyond = Pa::new(1 << 48)..Pa::new((1 << 48) + 4096);
         assert_eq!(map.identity(beyond, Kind::Data), Err(Error::BadRegion));
-        assert_eq!(map.identity(Pa::new(1)..Pa::new(4096), Kind::Data), Err(Error::BadRegion));
+        assert_eq!(
+            map.identity(Pa::new(1)..Pa::new(4096), Kind::Data),
+            Err(Error::BadRegion)
+        );
     }
 
     #[test]
@@ -270,6 +294,9 @@ mod tests {
         };
         // SAFETY: pages are leaked, zeroed boxes.
         let mut map = unsafe { Map::new(&mut scarce) }.unwrap();
-        assert_eq!(map.identity(Pa::new(0)..Pa::new(4096), Kind::Data), Err(Error::OutOfMemory));
+        assert_eq!(
+            map.identity(Pa::new(0)..Pa::new(4096), Kind::Data),
+            Err(Error::OutOfMemory)
+        );
     }
 }

@@ -122,10 +122,17 @@ impl fmt::Display for Error {
         match self {
             Self::NoMemory => write!(f, "the device tree names no RAM"),
             Self::LittleMemory(bytes) => {
-                write!(f, "{} MiB of RAM are too little: give the machine {} MiB or more", bytes >> 20, LEAST_RAM_BYTES >> 20)
+                write!(
+                    f,
+                    "{} MiB of RAM are too little: give the machine {} MiB or more",
+                    bytes >> 20,
+                    LEAST_RAM_BYTES >> 20
+                )
             }
             Self::NoCpus => write!(f, "the device tree names no CPU"),
-            Self::ManyCpus(found, most) => write!(f, "{found} CPUs are too many: this machine may have {most}"),
+            Self::ManyCpus(found, most) => {
+                write!(f, "{found} CPUs are too many: this machine may have {most}")
+            }
             Self::NoGic => write!(
                 f,
                 "no usable interrupt controller: a GICv3, or a GICv2 with virtualization, is needed (QEMU: -machine virt,gic-version=3)"
@@ -138,14 +145,27 @@ impl fmt::Display for Error {
 /// complained about.
 pub fn console(tree: &Tree<'_>) -> Option<Uart> {
     const KINDS: [&str; 2] = ["arm,pl011", "arm,sbsa-uart"];
-    let chosen = tree.at("/chosen").and_then(|it| it.string("stdout-path")).and_then(|it| {
-        let path = it.split(':').next()?;
-        if path.starts_with('/') { tree.at(path) } else { tree.at(tree.at("/aliases")?.string(path)?) }
-    });
-    let node = chosen.filter(|it| it.is_compatible(&KINDS)).or_else(|| tree.compatible(&KINDS))?;
+    let chosen = tree
+        .at("/chosen")
+        .and_then(|it| it.string("stdout-path"))
+        .and_then(|it| {
+            let path = it.split(':').next()?;
+            if path.starts_with('/') {
+                tree.at(path)
+            } else {
+                tree.at(tree.at("/aliases")?.string(path)?)
+            }
+        });
+    let node = chosen
+        .filter(|it| it.is_compatible(&KINDS))
+        .or_else(|| tree.compatible(&KINDS))?;
     let (base, _) = node.regions().into_iter().next()?;
     let intid = node.interrupts().first().copied();
-    Some(Uart { base, intid, full: node.is_compatible(&KINDS[..1]) })
+    Some(Uart {
+        base,
+        intid,
+        full: node.is_compatible(&KINDS[..1]),
+    })
 }
 
 /// How firmware is called, when it offers PSCI 0.2 or later.
@@ -172,7 +192,11 @@ impl Machine {
             _ => {}
         }
         let (gic, maintenance) = interrupt_controller(tree).ok_or(Error::NoGic)?;
-        let most = if matches!(gic, Gic::V2 { .. }) { MOST_CPUS_GICV2 } else { MOST_CPUS };
+        let most = if matches!(gic, Gic::V2 { .. }) {
+            MOST_CPUS_GICV2
+        } else {
+            MOST_CPUS
+        };
         let cpus = processors(tree);
         match cpus.len() {
             0 => return Err(Error::NoCpus),
@@ -191,7 +215,10 @@ impl Machine {
             psci: conduit(tree),
             gic,
             interrupts: interrupts(tree, maintenance),
-            bootargs: chosen.and_then(|it| it.string("bootargs")).unwrap_or_default().into(),
+            bootargs: chosen
+                .and_then(|it| it.string("bootargs"))
+                .unwrap_or_default()
+                .into(),
             initrd,
         })
     }
@@ -199,14 +226,29 @@ impl Machine {
 
 /// The name results are filed under: the project's for boards it knows, else the tree's own.
 fn board(tree: &Tree<'_>) -> String {
-    let compatible = tree.at("/").and_then(|it| it.string("compatible")).unwrap_or("unknown");
-    let known = [("linux,dummy-virt", "qemu-virt"), ("raspberrypi,4-model-b", "rpi4")];
-    known.into_iter().find(|&(name, _)| name == compatible).map_or(compatible, |(_, board)| board).into()
+    let compatible = tree
+        .at("/")
+        .and_then(|it| it.string("compatible"))
+        .unwrap_or("unknown");
+    let known = [
+        ("linux,dummy-virt", "qemu-virt"),
+        ("raspberrypi,4-model-b", "rpi4"),
+    ];
+    known
+        .into_iter()
+        .find(|&(name, _)| name == compatible)
+        .map_or(compatible, |(_, board)| board)
+        .into()
 }
 
 fn memory(tree: &Tree<'_>) -> Vec<Range<Pa>> {
-    let nodes = tree.nodes().filter(|it| it.string("device_type") == Some("memory") && it.is_available());
-    let mut ram: Vec<_> = nodes.flat_map(|it| it.regions()).filter_map(|(start, bytes)| ram::whole_pages(start, bytes)).collect();
+    let nodes = tree
+        .nodes()
+        .filter(|it| it.string("device_type") == Some("memory") && it.is_available());
+    let mut ram: Vec<_> = nodes
+        .flat_map(|it| it.regions())
+        .filter_map(|(start, bytes)| ram::whole_pages(start, bytes))
+        .collect();
     ram::sort(&mut ram);
     ram
 }
@@ -214,9 +256,17 @@ fn memory(tree: &Tree<'_>) -> Vec<Range<Pa>> {
 /// The reservation block and `/reserved-memory`, rounded outwards to pages.
 fn reserved(tree: &Tree<'_>) -> Vec<Range<Pa>> {
     let listed = tree.reservations().iter().cloned();
-    let nodes = tree.at("/reserved-memory").into_iter().flat_map(|it| it.children());
-    let of_nodes = nodes.flat_map(|it| it.regions()).filter_map(|(start, bytes)| Some(start..start.checked_add(bytes)?));
-    listed.chain(of_nodes).filter_map(ram::covering_pages).collect()
+    let nodes = tree
+        .at("/reserved-memory")
+        .into_iter()
+        .flat_map(|it| it.children());
+    let of_nodes = nodes
+        .flat_map(|it| it.regions())
+        .filter_map(|(start, bytes)| Some(start..start.checked_add(bytes)?));
+    listed
+        .chain(of_nodes)
+        .filter_map(ram::covering_pages)
+        .collect()
 }
 
 fn processors(tree: &Tree<'_>) -> Vec<CpuInfo> {
@@ -226,7 +276,10 @@ fn processors(tree: &Tree<'_>) -> Vec<CpuInfo> {
         .filter_map(|it| {
             // A CPU's `reg` has no size, so it is an address on a bus that nobody translates.
             let mpidr = it.address("reg")? & AFFINITY;
-            Some(CpuInfo { mpidr, psci: it.string("enable-method") == Some("psci") })
+            Some(CpuInfo {
+                mpidr,
+                psci: it.string("enable-method") == Some("psci"),
+            })
         })
         .collect()
 }
@@ -235,7 +288,12 @@ fn processors(tree: &Tree<'_>) -> Vec<CpuInfo> {
 fn interrupt_controller(tree: &Tree<'_>) -> Option<(Gic, u32)> {
     const DEFAULT_MAINTENANCE: u32 = 25;
     const V2: [&str; 3] = ["arm,gic-400", "arm,cortex-a15-gic", "arm,cortex-a7-gic"];
-    let maintenance = |node: &Node<'_, '_>| node.interrupts().first().copied().unwrap_or(DEFAULT_MAINTENANCE);
+    let maintenance = |node: &Node<'_, '_>| {
+        node.interrupts()
+            .first()
+            .copied()
+            .unwrap_or(DEFAULT_MAINTENANCE)
+    };
     if let Some(node) = tree.compatible(&["arm,gic-v3"]) {
         let count = node.u32("#redistributor-regions").unwrap_or(1);
         let regions = node.regions();
@@ -246,21 +304,49 @@ fn interrupt_controller(tree: &Tree<'_>) -> Option<(Gic, u32)> {
             .filter_map(|&(start, bytes)| Some(start..start.checked_add(bytes)?))
             .collect();
         (!redistributors.is_empty()).then_some(())?;
-        return Some((Gic::V3 { distributor, redistributors }, maintenance(&node)));
+        return Some((
+            Gic::V3 {
+                distributor,
+                redistributors,
+            },
+            maintenance(&node),
+        ));
     }
     let node = tree.compatible(&V2)?;
-    let &[(distributor, _), (cpu_interface, _), (hypervisor_interface, _), (virtual_interface, _), ..] =
-        node.regions().as_slice()
+    let &[
+        (distributor, _),
+        (cpu_interface, _),
+        (hypervisor_interface, _),
+        (virtual_interface, _),
+        ..,
+    ] = node.regions().as_slice()
     else {
         return None;
     };
-    Some((Gic::V2 { distributor, cpu_interface, hypervisor_interface, virtual_interface }, maintenance(&node)))
+    Some((
+        Gic::V2 {
+            distributor,
+            cpu_interface,
+            hypervisor_interface,
+            virtual_interface,
+        },
+        maintenance(&node),
+    ))
 }
 
 /// The timers' private interrupts, in the binding's order; the architecture's usual ones where the tree is silent.
 fn interrupts(tree: &Tree<'_>, maintenance: u32) -> Interrupts {
-    let listed = tree.compatible(&["arm,armv8-timer"]).map(|it| it.interrupts()).unwrap_or_default();
-    let timer = |position: usize, usual| listed.get(position).copied().filter(|it| (16..32).contains(it)).unwrap_or(usual);
+    let listed = tree
+        .compatible(&["arm,armv8-timer"])
+        .map(|it| it.interrupts())
+        .unwrap_or_default();
+    let timer = |position: usize, usual| {
+        listed
+            .get(position)
+            .copied()
+            .filter(|it| (16..32).contains(it))
+            .unwrap_or(usual)
+    };
     Interrupts {
         maintenance,
         physical_timer: timer(1, 30),
@@ -271,8 +357,10 @@ fn interrupts(tree: &Tree<'_>, maintenance: u32) -> Interrupts {
 
 fn initrd(tree: &Tree<'_>) -> Option<Range<Pa>> {
     let chosen = tree.at("/chosen")?;
-    let (start, end) = (chosen.address("linux,initrd-start")?, chosen.address("linux,initrd-end")?);
+    let (start, end) = (
+        chosen.address("linux,initrd-start")?,
+        chosen.address("linux,initrd-end")?,
+    );
     (start < end).then_some(())?;
     ram::covering_pages(Pa::new(start)..Pa::new(end))
 }
-

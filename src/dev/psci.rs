@@ -44,7 +44,10 @@ unsafe fn call(function: u32, arguments: [u64; 3]) -> Result<u64, Refusal> {
         it if it == Conduit::Hvc as u8 => unsafe { arch::hvc(function, arguments) },
         _ => return Err(NOT_SUPPORTED),
     };
-    #[expect(clippy::cast_possible_truncation, reason = "PSCI error codes are 32 bits of the register")]
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "PSCI error codes are 32 bits of the register"
+    )]
     match result as i32 {
         error @ ..0 => Err(Refusal(error)),
         _ => Ok(result),

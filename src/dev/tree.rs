@@ -61,14 +61,23 @@ impl<'a> Tree<'a> {
     /// [`Malformed`] when there is no tree in it.
     pub fn new(bytes: &'a [u8]) -> Result<Self, Malformed> {
         check_header(bytes).ok_or(Malformed)?;
-        let fdt = Fdt::<(UnalignedParser<'a>, NoPanic)>::new_unaligned_fallible(bytes).map_err(|_| Malformed)?;
+        let fdt = Fdt::<(UnalignedParser<'a>, NoPanic)>::new_unaligned_fallible(bytes)
+            .map_err(|_| Malformed)?;
         let root = fdt.root().map_err(|_| Malformed)?.as_node();
-        let mut tree = Self { entries: Vec::new(), reservations: reservations(bytes) };
+        let mut tree = Self {
+            entries: Vec::new(),
+            reservations: reservations(bytes),
+        };
         tree.list(root, None, 0)?;
         Ok(tree)
     }
 
-    fn list(&mut self, node: UnalignedFallibleNode<'a>, parent: Option<usize>, level: usize) -> Result<(), Malformed> {
+    fn list(
+        &mut self,
+        node: UnalignedFallibleNode<'a>,
+        parent: Option<usize>,
+        level: usize,
+    ) -> Result<(), Malformed> {
         if level > MOST_LEVELS || self.entries.len() >= MOST_NODES {
             return Err(Malformed);
         }
@@ -89,12 +98,15 @@ impl<'a> Tree<'a> {
     /// The node at `path`; a component without unit address matches the first of its name.
     pub fn at(&self, path: &str) -> Option<Node<'_, 'a>> {
         let root = self.nodes().next()?;
-        path.split('/').filter(|it| !it.is_empty()).try_fold(root, |node, name| node.child(name))
+        path.split('/')
+            .filter(|it| !it.is_empty())
+            .try_fold(root, |node, name| node.child(name))
     }
 
     /// The first node compatible with one of `names`.
     pub fn compatible(&self, names: &[&str]) -> Option<Node<'_, 'a>> {
-        self.nodes().find(|it| it.is_available() && it.is_compatible(names))
+        self.nodes()
+            .find(|it| it.is_available() && it.is_compatible(names))
     }
 
     /// The memory reservation block.
@@ -127,21 +139,29 @@ impl<'t, 'a> Node<'t, 'a> {
 
     /// The node this one is a child of.
     pub fn parent(&self) -> Option<Self> {
-        Some(Self { tree: self.tree, index: self.entry().parent? })
+        Some(Self {
+            tree: self.tree,
+            index: self.entry().parent?,
+        })
     }
 
     /// Children, in order.
     pub fn children(&self) -> impl Iterator<Item = Self> + use<'t, 'a> {
         let this = self.index;
-        self.tree.nodes().filter(move |it| it.entry().parent == Some(this))
+        self.tree
+            .nodes()
+            .filter(move |it| it.entry().parent == Some(this))
     }
 
     fn child(&self, name: &str) -> Option<Self> {
-        self.children().find(|it| match (it.name(), name.split_once('@')) {
-            (Some((base, unit)), Some((wanted, wanted_unit))) => base == wanted && unit == Some(wanted_unit),
-            (Some((base, _)), None) => base == name,
-            (None, _) => false,
-        })
+        self.children()
+            .find(|it| match (it.name(), name.split_once('@')) {
+                (Some((base, unit)), Some((wanted, wanted_unit))) => {
+                    base == wanted && unit == Some(wanted_unit)
+                }
+                (Some((base, _)), None) => base == name,
+                (None, _) => false,
+            })
     }
 
     /// Raw bytes of a property.
@@ -167,18 +187,25 @@ impl<'t, 'a> Node<'t, 'a> {
 
     /// Whether `compatible` lists one of `names`.
     pub fn is_compatible(&self, names: &[&str]) -> bool {
-        self.property("compatible").is_some_and(|it| strings(it).any(|it| names.contains(&it)))
+        self.property("compatible")
+            .is_some_and(|it| strings(it).any(|it| names.contains(&it)))
     }
 
     /// Whether neither this node nor a bus above it is disabled.
     pub fn is_available(&self) -> bool {
-        let here = self.string("status").is_none_or(|it| it == "okay" || it == "ok");
+        let here = self
+            .string("status")
+            .is_none_or(|it| it == "okay" || it == "ok");
         here && self.parent().is_none_or(|it| it.is_available())
     }
 
     /// `#address-cells` and `#size-cells` for this node's children.
     fn cell_counts(&self) -> (usize, usize) {
-        let count = |name, default| self.u32(name).and_then(|it| usize::try_from(it).ok()).unwrap_or(default);
+        let count = |name, default| {
+            self.u32(name)
+                .and_then(|it| usize::try_from(it).ok())
+                .unwrap_or(default)
+        };
         (count("#address-cells", 2), count("#size-cells", 1))
     }
 
@@ -186,13 +213,17 @@ impl<'t, 'a> Node<'t, 'a> {
     pub fn regions(&self) -> Vec<(Pa, u64)> {
         self.raw_regions()
             .into_iter()
-            .filter_map(|(address, bytes)| Some((Pa::new(self.parent()?.translate(address, bytes)?), bytes)))
+            .filter_map(|(address, bytes)| {
+                Some((Pa::new(self.parent()?.translate(address, bytes)?), bytes))
+            })
             .collect()
     }
 
     /// `reg`, as the bus sees it.
     pub fn raw_regions(&self) -> Vec<(u64, u64)> {
-        let Some((bus, reg)) = self.parent().zip(self.property("reg")) else { return Vec::new() };
+        let Some((bus, reg)) = self.parent().zip(self.property("reg")) else {
+            return Vec::new();
+        };
         let (of_address, of_size) = bus.cell_counts();
         rows(reg, of_address.saturating_add(of_size))
             .filter_map(|row| Some((cells(row, 0, of_address)?, cells(row, of_address, of_size)?)))
@@ -201,7 +232,9 @@ impl<'t, 'a> Node<'t, 'a> {
 
     /// An address on this bus, as the CPU sees it.
     fn translate(&self, address: u64, bytes: u64) -> Option<u64> {
-        let Some(above) = self.parent() else { return Some(address) };
+        let Some(above) = self.parent() else {
+            return Some(address);
+        };
         let ranges = self.property("ranges")?;
         if ranges.is_empty() {
             return above.translate(address, bytes);
@@ -222,14 +255,22 @@ impl<'t, 'a> Node<'t, 'a> {
     /// INTIDs of the node's interrupts, which must go to a GIC.
     pub fn interrupts(&self) -> Vec<u32> {
         if let Some(list) = self.property("interrupts") {
-            let width = self.interrupt_parent().and_then(|it| it.interrupt_cells()).unwrap_or(3);
+            let width = self
+                .interrupt_parent()
+                .and_then(|it| it.interrupt_cells())
+                .unwrap_or(3);
             return rows(list, width).filter_map(intid).collect();
         }
         let mut rest = self.property("interrupts-extended").unwrap_or_default();
         let mut found = Vec::new();
         while let Some(controller) = word(rest, 0).and_then(|it| self.tree.by_phandle(it)) {
-            let Some(width) = controller.interrupt_cells() else { break };
-            let Some((one, more)) = rest.get(4..).and_then(|it| it.split_at_checked(width.saturating_mul(4))) else {
+            let Some(width) = controller.interrupt_cells() else {
+                break;
+            };
+            let Some((one, more)) = rest
+                .get(4..)
+                .and_then(|it| it.split_at_checked(width.saturating_mul(4)))
+            else {
                 break;
             };
             found.extend(intid(one));
@@ -271,7 +312,11 @@ fn check_header(bytes: &[u8]) -> Option<()> {
     let structure = inside(8, 36)?;
     inside(12, 32)?;
     let end_token = word(bytes, structure.end.checked_sub(4)?)?;
-    (total <= bytes.len() && structure.len() >= 8 && structure.len().is_multiple_of(4) && end_token == END).then_some(())
+    (total <= bytes.len()
+        && structure.len() >= 8
+        && structure.len().is_multiple_of(4)
+        && end_token == END)
+        .then_some(())
 }
 
 fn reservations(bytes: &[u8]) -> Vec<Range<Pa>> {
@@ -291,7 +336,9 @@ fn word(bytes: &[u8], at: usize) -> Option<u32> {
 /// Rows of `width` cells; none when `width` is no sensible row.
 fn rows(bytes: &[u8], width: usize) -> impl Iterator<Item = &[u8]> {
     let sensible = (1..=16).contains(&width);
-    bytes.chunks_exact(if sensible { width * 4 } else { 4 }).filter(move |_| sensible)
+    bytes
+        .chunks_exact(if sensible { width * 4 } else { 4 })
+        .filter(move |_| sensible)
 }
 
 /// The number made of `count` cells from cell `first` on; no cell is zero, more than two are no number.
@@ -299,11 +346,15 @@ fn cells(bytes: &[u8], first: usize, count: usize) -> Option<u64> {
     match count {
         0 => Some(0),
         1 => word(bytes, first * 4).map(u64::from),
-        2 => Some(u64::from(word(bytes, first * 4)?) << 32 | u64::from(word(bytes, first * 4 + 4)?)),
+        2 => {
+            Some(u64::from(word(bytes, first * 4)?) << 32 | u64::from(word(bytes, first * 4 + 4)?))
+        }
         _ => None,
     }
 }
 
 fn strings(bytes: &[u8]) -> impl Iterator<Item = &str> {
-    bytes.split(|&byte| byte == 0).filter_map(|it| core::str::from_utf8(it).ok())
+    bytes
+        .split(|&byte| byte == 0)
+        .filter_map(|it| core::str::from_utf8(it).ok())
 }

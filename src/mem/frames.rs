@@ -6,6 +6,7 @@ use core::ops::Range;
 use buddy_system_allocator::FrameAllocator;
 use spin::Mutex;
 
+use super::TableFrames;
 use crate::addr::{PAGE_BYTES, PAGE_SHIFT, Pa, to_usize};
 
 /// Blocks of up to 2^32 pages.
@@ -28,7 +29,9 @@ pub struct Extent {
 ///
 /// `range` is RAM, whole pages, mapped at its own address, referenced by nobody and never added before.
 pub unsafe fn add(range: Range<Pa>) {
-    FRAMES.lock().insert(to_usize(range.start.page())..to_usize(range.end.page()));
+    FRAMES
+        .lock()
+        .insert(to_usize(range.start.page())..to_usize(range.end.page()));
 }
 
 /// One page. Its content is what its last owner left.
@@ -46,12 +49,21 @@ pub(super) fn contiguous_at_once(bytes: u64, align_bytes: u64) -> Option<Extent>
     contiguous_from(&mut *FRAMES.try_lock()?, bytes, align_bytes)
 }
 
-fn contiguous_from(frames: &mut FrameAllocator<ORDERS>, bytes: u64, align_bytes: u64) -> Option<Extent> {
+fn contiguous_from(
+    frames: &mut FrameAllocator<ORDERS>,
+    bytes: u64,
+    align_bytes: u64,
+) -> Option<Extent> {
     let pages = to_usize(bytes.div_ceil(PAGE_BYTES));
-    let block = pages.checked_next_power_of_two()?.max(to_usize(align_bytes >> PAGE_SHIFT));
+    let block = pages
+        .checked_next_power_of_two()?
+        .max(to_usize(align_bytes >> PAGE_SHIFT));
     let first = frames.alloc(block)?;
     give_back(frames, first + pages..first + block);
-    Some(Extent { pa: Pa::new((first as u64) << PAGE_SHIFT), bytes: (pages as u64) << PAGE_SHIFT })
+    Some(Extent {
+        pa: Pa::new((first as u64) << PAGE_SHIFT),
+        bytes: (pages as u64) << PAGE_SHIFT,
+    })
 }
 
 /// `bytes` bytes in as few pieces as there are, each at and of a multiple of `align_bytes`, a power of two; what is
@@ -79,7 +91,10 @@ pub fn scattered(bytes: u64, align_bytes: u64) -> Option<Vec<Extent>> {
 /// Takes memory back.
 pub fn release(extent: Extent) {
     let first = to_usize(extent.pa.page());
-    give_back(&mut FRAMES.lock(), first..first + to_usize(extent.bytes >> PAGE_SHIFT));
+    give_back(
+        &mut FRAMES.lock(),
+        first..first + to_usize(extent.bytes >> PAGE_SHIFT),
+    );
 }
 
 /// Returns `pages` block by block, so that buddies join.
@@ -89,6 +104,24 @@ fn give_back(frames: &mut FrameAllocator<ORDERS>, pages: Range<usize>) {
         let order = at.trailing_zeros().min((pages.end - at).ilog2());
         frames.dealloc(at, 1 << order);
         at += 1 << order;
+    }
+}
+
+/// All of RAM as the MMU's source of tables.
+#[derive(Clone, Copy, Debug)]
+pub struct System;
+
+impl TableFrames for System {
+    fn allocate(&self, pages: usize) -> Option<Pa> {
+        let bytes = (pages as u64) << PAGE_SHIFT;
+        Some(contiguous(bytes, bytes)?.pa)
+    }
+
+    fn release(&self, frames: Pa, pages: usize) {
+        release(Extent {
+            pa: frames,
+            bytes: (pages as u64) << PAGE_SHIFT,
+        });
     }
 }
 
@@ -102,7 +135,9 @@ mod tests {
         frames.insert(0x400..0x800);
         let extent = contiguous_from(&mut frames, 5 * 4096 - 1, 4096).unwrap();
         assert_eq!(extent.bytes, 5 * 4096);
-        let rest = (0..).map_while(|_| contiguous_from(&mut frames, 4096, 4096)).count();
+        let rest = (0..)
+            .map_while(|_| contiguous_from(&mut frames, 4096, 4096))
+            .count();
         assert_eq!(rest, 0x400 - 5);
     }
 

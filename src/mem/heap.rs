@@ -42,7 +42,9 @@ impl Heap {
     /// An empty heap; it takes its first memory when it is first asked.
     #[expect(clippy::new_without_default, reason = "only a static is made of it")]
     pub const fn new() -> Self {
-        Self { buddies: Mutex::new(Buddies::new()) }
+        Self {
+            buddies: Mutex::new(Buddies::new()),
+        }
     }
 
     fn take(&self, layout: Layout) -> (Option<NonNull<u8>>, bool) {
@@ -53,16 +55,25 @@ impl Heap {
             unsafe { buddies.init(first, FIRST_BYTES) };
         }
         let object = buddies.alloc(layout).ok();
-        (object, buddies.stats_total_bytes() - buddies.stats_alloc_actual() < RESERVE)
+        (
+            object,
+            buddies.stats_total_bytes() - buddies.stats_alloc_actual() < RESERVE,
+        )
     }
 
     /// Adds memory for an object of `layout` if it can be had without waiting.
     fn grow(&self, layout: Layout) -> bool {
         let bytes = (layout.size().max(layout.align()).next_power_of_two() as u64).max(STEP_BYTES);
-        let Some(extent) = frames::contiguous_at_once(bytes, PAGE_BYTES) else { return false };
+        let Some(extent) = frames::contiguous_at_once(bytes, PAGE_BYTES) else {
+            return false;
+        };
         let start = to_usize(extent.pa.raw());
         // SAFETY: the frames belong to the heap from here on.
-        unsafe { self.buddies.lock().add_to_heap(start, start + to_usize(extent.bytes)) };
+        unsafe {
+            self.buddies
+                .lock()
+                .add_to_heap(start, start + to_usize(extent.bytes))
+        };
         true
     }
 }

@@ -14,7 +14,10 @@ pub fn whole_pages(start: Pa, bytes: u64) -> Option<Range<Pa>> {
 
 /// The pages that `range` touches.
 pub fn covering_pages(range: Range<Pa>) -> Option<Range<Pa>> {
-    let (start, end) = (range.start.align_down(PAGE_BYTES), range.end.align_up(PAGE_BYTES)?);
+    let (start, end) = (
+        range.start.align_down(PAGE_BYTES),
+        range.end.align_up(PAGE_BYTES)?,
+    );
     (start < end).then_some(start..end)
 }
 
@@ -32,14 +35,22 @@ pub fn sort(ranges: &mut Vec<Range<Pa>>) {
 
 /// Bytes in all of `ranges`, which do not overlap.
 pub fn bytes(ranges: &[Range<Pa>]) -> u64 {
-    ranges.iter().filter_map(|it| it.end.offset_from(it.start)).sum()
+    ranges
+        .iter()
+        .filter_map(|it| it.end.offset_from(it.start))
+        .sum()
 }
 
 /// `ranges` without `hole`.
 pub fn subtract(ranges: &[Range<Pa>], hole: &Range<Pa>) -> Vec<Range<Pa>> {
     ranges
         .iter()
-        .flat_map(|it| [it.start..it.end.min(hole.start), it.start.max(hole.end)..it.end])
+        .flat_map(|it| {
+            [
+                it.start..it.end.min(hole.start),
+                it.start.max(hole.end)..it.end,
+            ]
+        })
         .filter(|it| it.start < it.end)
         .collect()
 }
@@ -60,7 +71,10 @@ mod tests {
     #[test]
     fn a_hole_leaves_what_is_around_it() {
         let ram = [range(0x1000, 0x9000)];
-        assert_eq!(subtract(&ram, &range(0x3000, 0x4000)), [range(0x1000, 0x3000), range(0x4000, 0x9000)]);
+        assert_eq!(
+            subtract(&ram, &range(0x3000, 0x4000)),
+            [range(0x1000, 0x3000), range(0x4000, 0x9000)]
+        );
         assert_eq!(subtract(&ram, &range(0, 0x2000)), [range(0x2000, 0x9000)]);
         assert_eq!(subtract(&ram, &range(0, 0x9000)), []);
         assert_eq!(subtract(&ram, &range(0x9000, 0xa000)), ram);
@@ -72,13 +86,21 @@ mod tests {
         assert_eq!(whole_pages(Pa::new(1), 0x2fff), Some(range(0x1000, 0x3000)));
         assert_eq!(whole_pages(Pa::new(1), 0x1000), None);
         assert_eq!(whole_pages(Pa::new(u64::MAX), 2), None);
-        assert_eq!(covering_pages(range(0x1fff, 0x2001)), Some(range(0x1000, 0x3000)));
+        assert_eq!(
+            covering_pages(range(0x1fff, 0x2001)),
+            Some(range(0x1000, 0x3000))
+        );
         assert_eq!(covering_pages(range(0, u64::MAX)), None);
     }
 
     #[test]
     fn sorting_joins_neighbours() {
-        let mut ranges = std::vec![range(0x5000, 0x6000), range(0x1000, 0x2000), range(0x2000, 0x3000), range(0x1000, 0x1800)];
+        let mut ranges = std::vec![
+            range(0x5000, 0x6000),
+            range(0x1000, 0x2000),
+            range(0x2000, 0x3000),
+            range(0x1000, 0x1800)
+        ];
         sort(&mut ranges);
         assert_eq!(ranges, [range(0x1000, 0x3000), range(0x5000, 0x6000)]);
         assert_eq!(bytes(&ranges), 0x3000);

@@ -59,11 +59,28 @@ impl Bitmap {
         let groups = to_index(pages.div_ceil(GROUP_PAGES));
         let group_words = groups.div_ceil(64);
         // Shards of one CPU do not share a line with another's: 16 words is the largest line pair in use.
-        let padded = if cfg!(loom) { group_words } else { group_words.next_multiple_of(16) };
-        let tops = if cfg!(loom) { group_words.div_ceil(64) } else { group_words.div_ceil(64).next_multiple_of(16) };
+        let padded = if cfg!(loom) {
+            group_words
+        } else {
+            group_words.next_multiple_of(16)
+        };
+        let tops = if cfg!(loom) {
+            group_words.div_ceil(64)
+        } else {
+            group_words.div_ceil(64).next_multiple_of(16)
+        };
         Self {
-            words: zeroed(if cfg!(loom) { to_index(pages.div_ceil(64)) } else { groups * GROUP_WORDS }),
-            shards: (0..cpus).map(|_| Shard { groups: zeroed(padded), top: zeroed(tops) }).collect(),
+            words: zeroed(if cfg!(loom) {
+                to_index(pages.div_ceil(64))
+            } else {
+                groups * GROUP_WORDS
+            }),
+            shards: (0..cpus)
+                .map(|_| Shard {
+                    groups: zeroed(padded),
+                    top: zeroed(tops),
+                })
+                .collect(),
             pages,
         }
     }
@@ -79,12 +96,18 @@ impl Bitmap {
     /// Orders: a leaf made writable before this call is writable for whoever takes the bit.
     #[inline]
     pub fn set(&self, page: u64, cpu: usize) -> bool {
-        let Some(word) = self.words.get(to_index(page / WORD_PAGES)) else { return false };
+        let Some(word) = self.words.get(to_index(page / WORD_PAGES)) else {
+            return false;
+        };
         arch::fetch_or(word, 1 << (page % WORD_PAGES));
         fence(Ordering::SeqCst);
         let group = to_index(page / GROUP_PAGES);
-        let Some(shard) = self.shards.get(cpu) else { return false };
-        let Some(summary) = shard.groups.get(group / 64) else { return false };
+        let Some(shard) = self.shards.get(cpu) else {
+            return false;
+        };
+        let Some(summary) = shard.groups.get(group / 64) else {
+            return false;
+        };
         if summary.load(Ordering::Relaxed) & (1 << (group % 64)) != 0 {
             return false;
         }
@@ -101,7 +124,9 @@ impl Bitmap {
 
     /// Adds the pages `bits` of the word that begins at `first_page`, a multiple of 64: how bits are handed back.
     pub fn set_word(&self, first_page: u64, bits: u64, cpu: usize) {
-        let Some(word) = self.words.get(to_index(first_page / WORD_PAGES)) else { return };
+        let Some(word) = self.words.get(to_index(first_page / WORD_PAGES)) else {
+            return;
+        };
         arch::fetch_or(word, bits & self.valid_bits(first_page));
         fence(Ordering::SeqCst);
         if let Some(shard) = self.shards.get(cpu) {
@@ -114,7 +139,10 @@ impl Bitmap {
     pub fn read(&self, from: u64, to: u64, mut visit: impl FnMut(u64, u64)) {
         self.for_each_group(from, to, |group| {
             for first_page in group_words(group, from, to) {
-                let bits = self.words.get(to_index(first_page / WORD_PAGES)).map_or(0, |w| w.load(Ordering::Acquire));
+                let bits = self
+                    .words
+                    .get(to_index(first_page / WORD_PAGES))
+                    .map_or(0, |w| w.load(Ordering::Acquire));
                 if bits != 0 {
                     visit(first_page, bits);
                 }
@@ -138,12 +166,15 @@ impl Bitmap {
     /// Orders: whoever added a taken page has its leaf visible to the taker (acquire).
     pub fn take_group(&self, from: u64, to: u64, mut visit: impl FnMut(u64, u64)) {
         let group = from / GROUP_PAGES;
-        let whole = from.is_multiple_of(GROUP_PAGES) && to >= self.pages.min((group + 1) * GROUP_PAGES);
+        let whole =
+            from.is_multiple_of(GROUP_PAGES) && to >= self.pages.min((group + 1) * GROUP_PAGES);
         if whole {
             self.retract(to_index(group));
         }
         for first_page in group_words(group, from, to) {
-            let Some(word) = self.words.get(to_index(first_page / WORD_PAGES)) else { return };
+            let Some(word) = self.words.get(to_index(first_page / WORD_PAGES)) else {
+                return;
+            };
             if word.load(Ordering::Relaxed) == 0 {
                 continue;
             }
@@ -157,7 +188,9 @@ impl Bitmap {
     /// Clears the summary bits of `group` in all shards, before its words are taken.
     fn retract(&self, group: usize) {
         for shard in &self.shards {
-            let Some(summary) = shard.groups.get(group / 64) else { continue };
+            let Some(summary) = shard.groups.get(group / 64) else {
+                continue;
+            };
             if summary.load(Ordering::Relaxed) & (1 << (group % 64)) == 0 {
                 continue;
             }
@@ -201,7 +234,10 @@ impl Bitmap {
     }
 
     fn union<'a>(&'a self, pick: impl Fn(&'a Shard) -> Option<&'a AtomicU64>) -> u64 {
-        self.shards.iter().filter_map(pick).fold(0, |bits, word| bits | word.load(Ordering::Acquire))
+        self.shards
+            .iter()
+            .filter_map(pick)
+            .fold(0, |bits, word| bits | word.load(Ordering::Acquire))
     }
 
     fn valid_bits(&self, first_page: u64) -> u64 {
@@ -217,7 +253,9 @@ impl Shard {
     /// Sets the bit of `group`, then, if need be, the bit above it, in the order that the taker clears them.
     #[cold]
     fn announce(&self, group: usize) {
-        let Some(summary) = self.groups.get(group / 64) else { return };
+        let Some(summary) = self.groups.get(group / 64) else {
+            return;
+        };
         arch::fetch_or(summary, 1 << (group % 64));
         fence(Ordering::SeqCst);
         let word = group / 64;
@@ -230,7 +268,9 @@ impl Shard {
 
     /// Clears the top bit of a groups word that was seen empty, and sets it again if it no longer is.
     fn retract_top(&self, word: usize) {
-        let (Some(top), Some(groups)) = (self.top.get(word / 64), self.groups.get(word)) else { return };
+        let (Some(top), Some(groups)) = (self.top.get(word / 64), self.groups.get(word)) else {
+            return;
+        };
         arch::fetch_clear(top, 1 << (word % 64));
         fence(Ordering::SeqCst);
         if groups.load(Ordering::Relaxed) != 0 {
@@ -249,7 +289,10 @@ fn group_words(group: u64, from: u64, to: u64) -> impl Iterator<Item = u64> {
 /// Page and group numbers index memory that exists, so they fit; on a 64-bit machine this is the identity.
 const fn to_index(number: u64) -> usize {
     const { assert!(usize::BITS >= u64::BITS) };
-    #[expect(clippy::cast_possible_truncation, reason = "usize has 64 bits, checked above")]
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "usize has 64 bits, checked above"
+    )]
     return number as usize;
 }
 
@@ -265,7 +308,11 @@ mod tests {
         while let Some(group) = bitmap.next_group(at, to) {
             let (start, end) = (group.max(from), (group + 512).min(to));
             bitmap.take_group(start, end, |first, bits| {
-                pages.extend((0..64).filter(|bit| bits & (1 << bit) != 0).map(|bit| first + bit));
+                pages.extend(
+                    (0..64)
+                        .filter(|bit| bits & (1 << bit) != 0)
+                        .map(|bit| first + bit),
+                );
             });
             at = group + 512;
         }
@@ -275,10 +322,21 @@ mod tests {
     #[test]
     fn a_set_page_is_taken_exactly_once() {
         let bitmap = Bitmap::new(1 << 22, 3);
-        for (page, cpu) in [(0, 0), (63, 1), (64, 2), (511, 0), (512, 1), (40_000, 2), ((1 << 22) - 1, 0)] {
+        for (page, cpu) in [
+            (0, 0),
+            (63, 1),
+            (64, 2),
+            (511, 0),
+            (512, 1),
+            (40_000, 2),
+            ((1 << 22) - 1, 0),
+        ] {
             bitmap.set(page, cpu);
         }
-        assert_eq!(taken(&bitmap, 0, 1 << 22), [0, 63, 64, 511, 512, 40_000, (1 << 22) - 1]);
+        assert_eq!(
+            taken(&bitmap, 0, 1 << 22),
+            [0, 63, 64, 511, 512, 40_000, (1 << 22) - 1]
+        );
         assert!(taken(&bitmap, 0, 1 << 22).is_empty());
     }
 

@@ -114,7 +114,10 @@ const DEVICE_NGNRE: u64 = 0b0001;
 const NORMAL_WRITE_BACK: u64 = 0b1111;
 const NORMAL_FORCED_WRITE_BACK: u64 = 0b0110;
 
-const _: () = assert!(BUSY & VALID == 0 && BUSY != 0, "a busy slot translates nothing and is not empty");
+const _: () = assert!(
+    BUSY & VALID == 0 && BUSY != 0,
+    "a busy slot translates nothing and is not empty"
+);
 
 impl Descriptor {
     /// No translation.
@@ -166,7 +169,11 @@ impl Descriptor {
     /// Decodes what a slot at `level` holds.
     pub const fn view(self, level: Level) -> View {
         if self.0 & VALID == 0 {
-            return if self.0 == BUSY { View::Busy } else { View::Empty };
+            return if self.0 == BUSY {
+                View::Busy
+            } else {
+                View::Empty
+            };
         }
         if self.is_table(level) {
             return View::Table(self.address());
@@ -174,7 +181,11 @@ impl Descriptor {
         let device = (self.0 & MEMATTR) >> MEMATTR_SHIFT == DEVICE_NGNRE;
         View::Leaf(Leaf {
             to: self.address(),
-            memory: if device { Memory::Device } else { Memory::Normal },
+            memory: if device {
+                Memory::Device
+            } else {
+                Memory::Normal
+            },
             read: self.0 & READ != 0,
             write: self.0 & WRITE != 0,
             young: self.0 & YOUNG != 0,
@@ -284,7 +295,11 @@ mod tests {
                 for to in [0, 0x4000_0000, 0xffff_c000_0000] {
                     leaves.push(Leaf {
                         to: Pa::new(to),
-                        memory: if bits & 1 != 0 { Memory::Device } else { Memory::Normal },
+                        memory: if bits & 1 != 0 {
+                            Memory::Device
+                        } else {
+                            Memory::Normal
+                        },
                         read: bits & 2 != 0,
                         write: bits & 4 != 0,
                         young: bits & 8 != 0,
@@ -304,7 +319,11 @@ mod tests {
             for level in [Level::L1, Level::L2, Level::L3] {
                 for leaf in every_leaf() {
                     let descriptor = Descriptor::leaf(&leaf, level, format);
-                    assert_eq!(descriptor.view(level), View::Leaf(leaf), "{level:?} {descriptor:?}");
+                    assert_eq!(
+                        descriptor.view(level),
+                        View::Leaf(leaf),
+                        "{level:?} {descriptor:?}"
+                    );
                     assert!(descriptor.is_leaf(level) && !descriptor.is_table(level));
                     assert_eq!(descriptor.tag(), leaf.tag);
                     assert_eq!(descriptor.is_writable(), leaf.write);
@@ -336,21 +355,56 @@ mod tests {
     #[test]
     fn permission_edits_touch_nothing_else() {
         for leaf in every_leaf() {
-            let format = Format { forced_write_back: false };
+            let format = Format {
+                forced_write_back: false,
+            };
             let level = Level::L3;
             let descriptor = Descriptor::leaf(&leaf, level, format);
-            assert_eq!(descriptor.writable().view(level), View::Leaf(Leaf { write: true, ..leaf }));
-            assert_eq!(descriptor.read_only().view(level), View::Leaf(Leaf { write: false, ..leaf }));
-            assert_eq!(descriptor.young().view(level), View::Leaf(Leaf { young: true, ..leaf }));
-            assert_eq!(descriptor.old().view(level), View::Leaf(Leaf { young: false, ..leaf }));
+            assert_eq!(
+                descriptor.writable().view(level),
+                View::Leaf(Leaf {
+                    write: true,
+                    ..leaf
+                })
+            );
+            assert_eq!(
+                descriptor.read_only().view(level),
+                View::Leaf(Leaf {
+                    write: false,
+                    ..leaf
+                })
+            );
+            assert_eq!(
+                descriptor.young().view(level),
+                View::Leaf(Leaf {
+                    young: true,
+                    ..leaf
+                })
+            );
+            assert_eq!(
+                descriptor.old().view(level),
+                View::Leaf(Leaf {
+                    young: false,
+                    ..leaf
+                })
+            );
         }
     }
 
     #[test]
     fn device_memory_is_never_executable() {
         for leaf in every_leaf() {
-            let descriptor = Descriptor::leaf(&leaf, Level::L3, Format { forced_write_back: true });
-            assert_eq!(descriptor.is_executable(), leaf.read && leaf.memory == Memory::Normal);
+            let descriptor = Descriptor::leaf(
+                &leaf,
+                Level::L3,
+                Format {
+                    forced_write_back: true,
+                },
+            );
+            assert_eq!(
+                descriptor.is_executable(),
+                leaf.read && leaf.memory == Memory::Normal
+            );
         }
     }
 }

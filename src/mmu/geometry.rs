@@ -93,7 +93,11 @@ impl Shape {
             let table_bits = start.shift() + INDEX_BITS;
             if ipa_bits <= table_bits + MAX_CONCATENATION_LOG2 {
                 let concatenation_log2 = ipa_bits.saturating_sub(table_bits);
-                return Some(Self { ipa_bits, start, concatenation_log2 });
+                return Some(Self {
+                    ipa_bits,
+                    start,
+                    concatenation_log2,
+                });
             }
             start = match start {
                 Level::L2 => Level::L1,
@@ -138,11 +142,19 @@ mod tests {
 
     #[test]
     fn the_walk_starts_as_deep_as_concatenation_allows() {
-        for (bits, start, pages) in
-            [(32, Level::L2, 4), (34, Level::L2, 16), (35, Level::L1, 1), (39, Level::L1, 1), (40, Level::L1, 2)]
-        {
+        for (bits, start, pages) in [
+            (32, Level::L2, 4),
+            (34, Level::L2, 16),
+            (35, Level::L1, 1),
+            (39, Level::L1, 1),
+            (40, Level::L1, 2),
+        ] {
             let shape = Shape::new(bits).unwrap();
-            assert_eq!((shape.start(), shape.root_pages()), (start, pages), "{bits} bits");
+            assert_eq!(
+                (shape.start(), shape.root_pages()),
+                (start, pages),
+                "{bits} bits"
+            );
         }
         assert_eq!(Shape::new(43).unwrap().root_entries(), ENTRIES * 16);
         assert_eq!(Shape::new(44).unwrap().start(), Level::L0);

@@ -39,7 +39,9 @@ impl Locking {
 
     /// The mode called `name`.
     pub fn from_name(name: &str) -> Option<Self> {
-        [Self::Mutex, Self::Rwlock, Self::Lockless].into_iter().find(|mode| mode.name() == name)
+        [Self::Mutex, Self::Rwlock, Self::Lockless]
+            .into_iter()
+            .find(|mode| mode.name() == name)
     }
 }
 
@@ -75,7 +77,10 @@ enum Held<'a> {
 impl MmuLock {
     /// A free lock.
     pub fn new(locking: Locking) -> Self {
-        Self { locking, lock: spin::RwLock::new(()) }
+        Self {
+            locking,
+            lock: spin::RwLock::new(()),
+        }
     }
 
     /// The mode.

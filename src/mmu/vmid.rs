@@ -100,14 +100,21 @@ impl VmidAllocator {
         Self {
             generation: AtomicU64::new(FIRST_GENERATION),
             active: (0..cpus).map(|_| Active(AtomicU64::new(IDLE))).collect(),
-            state: Mutex::new(State { used, reserved: vec![ROLLED; cpus], hint: 1, numbers }),
+            state: Mutex::new(State {
+                used,
+                reserved: vec![ROLLED; cpus],
+                hint: 1,
+                numbers,
+            }),
         }
     }
 
     /// Makes `cell`'s VM the one that `cpu`, the calling CPU, runs under; allocates if its number is of an older
     /// generation. The number is the VM's until [`Self::unload`]. CPUs out of range get the reserved VMID.
     pub fn load(&self, cell: &VmidCell, cpu: CpuId) -> Vmid {
-        let Some(active) = self.active.get(cpu.0) else { return RESERVED };
+        let Some(active) = self.active.get(cpu.0) else {
+            return RESERVED;
+        };
         let tag = cell.0.load(Ordering::Acquire);
         let seen = active.0.load(Ordering::Relaxed);
         let current = tag & !NUMBER == self.generation.load(Ordering::Acquire);
@@ -134,7 +141,13 @@ impl VmidAllocator {
 
     /// Numbers in use in this generation, the reserved one not counted.
     pub fn in_use(&self) -> usize {
-        let ones: u32 = self.state.lock().used.iter().map(|word| word.count_ones()).sum();
+        let ones: u32 = self
+            .state
+            .lock()
+            .used
+            .iter()
+            .map(|word| word.count_ones())
+            .sum();
         (ones as usize).saturating_sub(1)
     }
 
@@ -206,7 +219,10 @@ impl VmidAllocator {
 }
 
 fn number(tag: TagBits) -> Vmid {
-    #[expect(clippy::cast_possible_truncation, reason = "the number is the low sixteen bits")]
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "the number is the low sixteen bits"
+    )]
     Vmid(tag as u16)
 }
 
@@ -221,7 +237,11 @@ impl State {
     fn carry_over(&mut self, old: TagBits, generation: u64) -> bool {
         let renewed = generation | old & NUMBER;
         let mut hit = false;
-        for reserved in self.reserved.iter_mut().filter(|reserved| **reserved == old) {
+        for reserved in self
+            .reserved
+            .iter_mut()
+            .filter(|reserved| **reserved == old)
+        {
             *reserved = renewed;
             hit = true;
         }
@@ -229,7 +249,9 @@ impl State {
     }
 
     fn claim(&mut self, vmid: Vmid) -> bool {
-        let Some(word) = self.used.get_mut(usize::from(vmid.0) / 64) else { return false };
+        let Some(word) = self.used.get_mut(usize::from(vmid.0) / 64) else {
+            return false;
+        };
         let bit = 1 << (vmid.0 % 64);
         let free = *word & bit == 0;
         *word |= bit;
@@ -286,7 +308,10 @@ mod tests {
     fn numbers_of_one_generation_are_distinct() {
         let vmids = VmidAllocator::new(8, 1);
         let cells: Vec<_> = (0..255).map(|_| VmidCell::default()).collect();
-        let numbers: BTreeSet<_> = cells.iter().map(|cell| vmids.load(cell, CpuId(0)).number()).collect();
+        let numbers: BTreeSet<_> = cells
+            .iter()
+            .map(|cell| vmids.load(cell, CpuId(0)).number())
+            .collect();
         assert_eq!(numbers.len(), 255);
         assert!(!numbers.contains(&0));
     }

@@ -42,7 +42,12 @@ impl Root {
 
     /// As [`Root::walk`], but goes no deeper than `limit`, where it may end on a table.
     #[inline]
-    pub(crate) fn walk_to<'a>(self, ipa: Ipa, limit: Level, active: &'a Active<'_>) -> Option<Position<'a>> {
+    pub(crate) fn walk_to<'a>(
+        self,
+        ipa: Ipa,
+        limit: Level,
+        active: &'a Active<'_>,
+    ) -> Option<Position<'a>> {
         // SAFETY: A root lives until its VM is destroyed, after a grace period.
         let root = unsafe { root_at(self.pa, self.shape.root_entries(), active) };
         let mut level = self.shape.start();

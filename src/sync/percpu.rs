@@ -7,6 +7,7 @@ use core::mem::offset_of;
 use core::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, Ordering};
 
 use crate::arch;
+use crate::trace::ring::Ring;
 use crate::trace::{Counters, Event};
 
 /// Everything one CPU owns. All-zero bytes are a valid block.
@@ -25,6 +26,8 @@ pub struct CpuBlock {
     pub vcpu: AtomicPtr<()>,
     /// What this CPU has counted.
     pub counters: Counters,
+    /// What this CPU did last.
+    pub ring: Ring,
 }
 
 /// Offset of [`CpuBlock::frame`], for the vectors.

@@ -44,3 +44,46 @@ pub unsafe fn zero_page(page: Pa) {
     // SAFETY: the caller owns the page; a `Pa` of the fake machine is an address of this process.
     unsafe { bytes.write_bytes(0, 1) };
 }
+
+/// What the CPU said of the last exception taken to EL2; the host takes none.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Syndrome {
+    /// ESR_EL2.
+    pub esr: u64,
+    /// ELR_EL2.
+    pub elr: u64,
+    /// FAR_EL2.
+    pub far: u64,
+    /// HPFAR_EL2.
+    pub hpfar: u64,
+    /// SPSR_EL2.
+    pub spsr: u64,
+}
+
+/// The syndrome registers.
+pub fn syndrome() -> Syndrome {
+    Syndrome::default()
+}
+
+/// Where the image was loaded; the host's is nowhere.
+pub fn image_base() -> u64 {
+    0
+}
+
+/// `SMC #0`: there is no firmware to call.
+///
+/// # Safety
+///
+/// None needed here; the machine's has obligations.
+pub unsafe fn smc(_function: u32, _arguments: [u64; 3]) -> u64 {
+    u64::MAX
+}
+
+/// `HVC #0`: there is no hypervisor to call.
+///
+/// # Safety
+///
+/// None needed here; the machine's has obligations.
+pub unsafe fn hvc(_function: u32, _arguments: [u64; 3]) -> u64 {
+    u64::MAX
+}

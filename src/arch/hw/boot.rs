@@ -100,7 +100,8 @@ global_asm!(
     EMERGENCY_STACK_TOP = const EMERGENCY_STACK_TOP_OFFSET,
 );
 
-const _: () = assert!(core::mem::offset_of!(Launch, block) == core::mem::offset_of!(Launch, stack_top) + 8);
+const _: () =
+    assert!(core::mem::offset_of!(Launch, block) == core::mem::offset_of!(Launch, stack_top) + 8);
 
 unsafe extern "C" {
     static image_start: u8;
@@ -118,6 +119,11 @@ fn address_of(symbol: *const u8) -> Pa {
     Pa::new(symbol.expose_provenance() as u64)
 }
 
+/// Where the image was loaded: what to subtract from an address to find it in the ELF file.
+pub fn image_base() -> u64 {
+    address_of(&raw const image_start).raw()
+}
+
 /// Where the image lies; everything runs at its physical address.
 #[derive(Clone, Debug)]
 pub struct Image {
@@ -133,14 +139,22 @@ pub struct Image {
 
 /// Where the image lies.
 pub fn image() -> Image {
-    let [start, code_end, constants_end, end] =
-        [&raw const image_start, &raw const image_code_end, &raw const image_constants_end, &raw const image_end]
-            .map(address_of);
+    let [start, code_end, constants_end, end] = [
+        &raw const image_start,
+        &raw const image_code_end,
+        &raw const image_constants_end,
+        &raw const image_end,
+    ]
+    .map(address_of);
     Image {
         code: start..code_end,
         constants: code_end..constants_end,
         data: constants_end..end,
-        guards: [&raw const boot_stack_guard, &raw const boot_emergency_stack_guard].map(address_of),
+        guards: [
+            &raw const boot_stack_guard,
+            &raw const boot_emergency_stack_guard,
+        ]
+        .map(address_of),
     }
 }
 
@@ -172,5 +186,7 @@ pub unsafe fn activate_map(root: Pa) {
 /// Adds write-implies-execute-never to a CPU that started on the final map.
 pub fn forbid_writable_code() {
     // SAFETY: under the final map nothing that is executed is writable.
-    unsafe { asm!("msr sctlr_el2, {}", "isb", in(reg) SCTLR_FINAL, options(nostack, preserves_flags)) };
+    unsafe {
+        asm!("msr sctlr_el2, {}", "isb", in(reg) SCTLR_FINAL, options(nostack, preserves_flags))
+    };
 }

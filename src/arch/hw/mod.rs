@@ -13,8 +13,11 @@ mod vttbr;
 
 pub use atomics::{cas, fetch_clear, fetch_or, set_lse, swap, use_lse};
 pub use barriers::{dsb_ish, dsb_ishst, dsb_nsh, dsb_nshst, isb, sev, wfi, yield_now};
+pub use boot::image_base;
 pub use cache::{dc_civac_range, set_coherent_guests, zero_page};
-pub use registers::{at_s1e1r, counter, counter_hz, hvc, percpu_pointer, set_percpu_pointer, smc};
+pub use registers::{
+    Syndrome, at_s1e1r, counter, counter_hz, hvc, percpu_pointer, set_percpu_pointer, smc, syndrome,
+};
 pub use tlbi::{
     tlbi_alle1is, tlbi_ipas2e1, tlbi_ipas2e1is, tlbi_ripas2e1is, tlbi_vaae1, tlbi_vmalle1is,
     tlbi_vmalls12e1, tlbi_vmalls12e1is,

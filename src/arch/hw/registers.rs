@@ -2,7 +2,10 @@
 
 use core::arch::asm;
 
-use aarch64_cpu::registers::{CNTFRQ_EL0, CNTPCT_EL0, PAR_EL1, Readable, TPIDR_EL2, Writeable};
+use aarch64_cpu::registers::{
+    CNTFRQ_EL0, CNTPCT_EL0, ELR_EL2, ESR_EL2, FAR_EL2, HPFAR_EL2, PAR_EL1, Readable, SPSR_EL2,
+    TPIDR_EL2, Writeable,
+};
 
 use super::isb;
 use crate::addr::{Ipa, PAGE_BYTES, Va};
@@ -66,6 +69,32 @@ pub fn at_s1e1r(va: Va) -> Option<Ipa> {
     let result = PAR_EL1.get();
     PAR_EL1.set(guests);
     (result & FAULT == 0).then(|| Ipa::new(result & OUTPUT | va.raw() & (PAGE_BYTES - 1)))
+}
+
+/// What the CPU said of the last exception taken to EL2.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Syndrome {
+    /// ESR_EL2.
+    pub esr: u64,
+    /// ELR_EL2.
+    pub elr: u64,
+    /// FAR_EL2.
+    pub far: u64,
+    /// HPFAR_EL2.
+    pub hpfar: u64,
+    /// SPSR_EL2.
+    pub spsr: u64,
+}
+
+/// The syndrome registers, still those of the exception that led here: EL2 takes no other meanwhile.
+pub fn syndrome() -> Syndrome {
+    Syndrome {
+        esr: ESR_EL2.get(),
+        elr: ELR_EL2.get(),
+        far: FAR_EL2.get(),
+        hpfar: HPFAR_EL2.get(),
+        spsr: SPSR_EL2.get(),
+    }
 }
 
 macro_rules! calls {
