@@ -23,6 +23,17 @@ pub const fn to_usize(raw: u64) -> usize {
     raw as usize
 }
 
+/// An index or address as a `usize`: on a 64-bit machine, which is all that Vellum runs on, the identity.
+#[inline]
+pub const fn to_index(number: u64) -> usize {
+    const { assert!(usize::BITS == u64::BITS) };
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "usize has 64 bits, checked above"
+    )]
+    return number as usize;
+}
+
 /// Names an address space at the type level.
 pub trait Space: Copy + Eq + Ord {
     /// Prefix used when an address is printed.

@@ -22,6 +22,7 @@
 
 use alloc::boxed::Box;
 
+use crate::addr::to_index;
 use crate::arch;
 use crate::arch::atomic::{AtomicU64, Ordering, fence};
 
@@ -284,16 +285,6 @@ fn group_words(group: u64, from: u64, to: u64) -> impl Iterator<Item = u64> {
     let start = (group * GROUP_PAGES).max(from);
     let end = ((group + 1) * GROUP_PAGES).min(to);
     (start..end).step_by(to_index(WORD_PAGES))
-}
-
-/// Page and group numbers index memory that exists, so they fit; on a 64-bit machine this is the identity.
-const fn to_index(number: u64) -> usize {
-    const { assert!(usize::BITS >= u64::BITS) };
-    #[expect(
-        clippy::cast_possible_truncation,
-        reason = "usize has 64 bits, checked above"
-    )]
-    return number as usize;
 }
 
 #[cfg(all(test, not(loom)))]

@@ -215,7 +215,6 @@ impl Descriptor {
     /// The memory slot of a leaf.
     #[inline]
     pub const fn tag(self) -> Tag {
-        #[expect(clippy::cast_possible_truncation, reason = "three bits")]
         Tag(((self.0 & TAG) >> TAG_SHIFT) as u8)
     }
 

@@ -1,8 +1,44 @@
-//! Stage 2.
+//! Stage 2: the guest's physical memory, and everything that is tracked about it.
+//!
+//! The rules that this module is written against, each with the failure behind it, are in `protocol.md`, included below.
+//! Start reading at [`fault`], the hot path; then [`logging`]; then [`tlb`] for what is owed when.
+//!
+//! This module knows VMIDs, IPAs, physical addresses and permissions; it never sees a VM, a device tree or a system
+//! register.
+#![doc = include_str!("protocol.md")]
+
+pub mod bbm;
 pub mod bitmap;
 pub mod descriptor;
+pub mod error;
+pub mod fault;
 pub mod geometry;
+mod guest_memory;
 pub mod lock;
+pub mod logging;
+mod map;
+pub mod pages;
+mod pool;
+mod protect;
+pub mod slot;
+mod split;
+pub mod stage2;
 pub mod table;
+pub mod tlb;
+pub mod unmap;
 pub mod vmid;
-pub(crate) mod walk;
+mod walk;
+
+#[cfg(all(test, not(loom)))]
+mod tests;
+
+pub use descriptor::{Format, Memory};
+pub use error::Error;
+pub use fault::{Access, Fault, FaultKind, Resolution};
+pub use geometry::{Level, Shape};
+pub use lock::Locking;
+pub use pages::PageSet;
+pub use slot::{Contents, Extent, SlotConfig, SlotId};
+pub use stage2::{Config, Services, Stage2};
+pub use tlb::TlbFeatures;
+pub use vmid::VmidAllocator;

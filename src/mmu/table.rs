@@ -5,7 +5,7 @@
 
 use core::ptr::with_exposed_provenance;
 
-use crate::addr::Pa;
+use crate::addr::{Pa, to_index};
 use crate::arch;
 use crate::arch::atomic::{AtomicU64, Ordering};
 use crate::mmu::descriptor::Descriptor;
@@ -82,7 +82,7 @@ pub(crate) type Table = [Slot; ENTRIES];
 /// 2. It is freed only after a grace period that `active` holds up.
 #[inline]
 pub(crate) unsafe fn table_at<'a>(table: Pa, _active: &'a Active<'_>) -> &'a Table {
-    let pointer = with_exposed_provenance::<Table>(table.raw() as usize);
+    let pointer = with_exposed_provenance::<Table>(to_index(table.raw()));
     // SAFETY: EL2 maps all memory at its physical address; by (1) this is a table, by (2) it stays one; slots are
     // atomics, so sharing them is sound.
     unsafe { &*pointer }
@@ -95,7 +95,7 @@ pub(crate) unsafe fn table_at<'a>(table: Pa, _active: &'a Active<'_>) -> &'a Tab
 /// As [`table_at`], for `entries` contiguous slots.
 #[inline]
 pub(crate) unsafe fn root_at<'a>(root: Pa, entries: usize, _active: &'a Active<'_>) -> &'a [Slot] {
-    let pointer = with_exposed_provenance::<Slot>(root.raw() as usize);
+    let pointer = with_exposed_provenance::<Slot>(to_index(root.raw()));
     // SAFETY: As for a table; the initial tables are contiguous.
     unsafe { core::slice::from_raw_parts(pointer, entries) }
 }

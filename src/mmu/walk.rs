@@ -25,14 +25,6 @@ pub(crate) struct Position<'a> {
     pub(crate) found: Descriptor,
 }
 
-impl Position<'_> {
-    /// The same place with what it holds now, or `None` when the walk would now lead on from it.
-    pub(crate) fn again(self) -> Option<Self> {
-        let found = self.slot.load();
-        (!found.is_table(self.level)).then_some(Self { found, ..self })
-    }
-}
-
 impl Root {
     /// Walks to the slot that decides about `ipa`; `None` outside the guest's address space.
     #[inline]

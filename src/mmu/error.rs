@@ -1,0 +1,44 @@
+//! Why an MMU entry point refused. Nothing has changed when one of these is returned.
+
+use core::fmt;
+
+use crate::addr::Ipa;
+
+/// A refusal of an MMU entry point.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Error {
+    /// Frames ran out.
+    NoMemory,
+    /// A range is empty, unaligned or outside the guest's address space or the slot.
+    BadRange(Ipa, u64),
+    /// A range overlaps a slot.
+    Overlap(Ipa),
+    /// All slots are taken, or the slot does not exist.
+    NoSlot,
+    /// The slot's memory may not be logged: devices and read-only slots.
+    NotLoggable,
+    /// Logging is already enabled on the slot.
+    AlreadyLogging,
+    /// Logging is not enabled on the slot.
+    NotLogging,
+    /// No memory is mapped or mappable at the address.
+    NotMemory(Ipa),
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NoMemory => f.write_str("out of memory"),
+            Self::BadRange(ipa, bytes) => write!(
+                f,
+                "range {ipa} + {bytes:#x} bytes is unaligned or outside its slot"
+            ),
+            Self::Overlap(ipa) => write!(f, "range at {ipa} overlaps another slot"),
+            Self::NoSlot => f.write_str("no such slot, or none left"),
+            Self::NotLoggable => f.write_str("only writable memory can be logged"),
+            Self::AlreadyLogging => f.write_str("logging is already enabled"),
+            Self::NotLogging => f.write_str("logging is not enabled"),
+            Self::NotMemory(ipa) => write!(f, "no memory at {ipa}"),
+        }
+    }
+}

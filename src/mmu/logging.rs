@@ -1,0 +1,290 @@
+//! Dirty logging: from here on, tell me every page that is written.
+//!
+//! ```text
+//!   enable ── publish the log ── grace period ── protect everything ── invalidate
+//!   fault  ── leaf writable ── set the page's bit                              (any CPU, any time)
+//!   get    ── read the bits
+//!   clear  ── take the bits ── protect those leaves ── invalidate ── return: now the caller may copy
+//!   disable ─ publish without the log ── grace period
+//! ```
+//!
+//! The invariant: *while a slot is logged, a page whose leaf is writable, or may be cached as writable, has its bit set, or
+//! has it set before the CPU that made it writable is next quiescent.* Hence what is copied after `clear` returns misses
+//! nothing that was written before, and what is written later sets a bit again.
+//!
+//! Each slot has two bitmaps: the current one, which faults fill, and the one of the epoch before. All state changes are
+//! serialized by the VM's configuration lock; `get` and `clear` take it for a moment only and then run concurrently with
+//! everything.
+
+use alloc::sync::Arc;
+
+use crate::addr::Ipa;
+use crate::arch;
+use crate::mmu::bitmap::{Bitmap, GROUP_PAGES, WORD_PAGES};
+use crate::mmu::descriptor::Memory;
+use crate::mmu::error::Error;
+use crate::mmu::geometry::Level;
+use crate::mmu::pages::PageSet;
+use crate::mmu::protect::{Busy, protect_slot};
+use crate::mmu::slot::{MemorySlot, SlotId};
+use crate::mmu::stage2::Stage2;
+use crate::mmu::tlb::Debt;
+use crate::mmu::walk::table_of;
+use crate::sync::quiescence::CpuId;
+
+/// The two bitmaps of a logged slot.
+#[derive(Debug)]
+pub(crate) struct SlotLog {
+    epochs: [Arc<Bitmap>; 2],
+    current: usize,
+}
+
+impl SlotLog {
+    fn new(pages: u64, cpus: usize) -> Self {
+        Self {
+            epochs: core::array::from_fn(|_| Arc::new(Bitmap::new(pages, cpus))),
+            current: 0,
+        }
+    }
+
+    /// The bitmap that faults fill.
+    pub(crate) fn current(&self) -> Arc<Bitmap> {
+        let [first, second] = &self.epochs;
+        if self.current == 0 {
+            first.clone()
+        } else {
+            second.clone()
+        }
+    }
+
+    /// Makes the other bitmap current and returns the one that was.
+    fn flip(&mut self) -> Arc<Bitmap> {
+        let closed = self.current();
+        self.current ^= 1;
+        closed
+    }
+}
+
+impl Stage2 {
+    /// From the return of this call on, every page of the slot that is written is recorded. With `initially_all_set`
+    /// nothing is protected: every page counts as written until it is first cleared.
+    ///
+    /// Rounding: none. Races: faults, which record from some moment during the call on. TLB: nothing owed on return. Cost: a
+    /// grace period; without `initially_all_set` one visit of every leaf and one invalidation of the VMID.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoSlot`], [`Error::NotLoggable`], [`Error::AlreadyLogging`].
+    pub fn enable_logging(
+        &self,
+        cpu: CpuId,
+        id: SlotId,
+        initially_all_set: bool,
+    ) -> Result<(), Error> {
+        let mut admin = self.admin.lock();
+        let entry = admin.slot(id)?;
+        if entry.log.is_some() {
+            return Err(Error::AlreadyLogging);
+        }
+        if entry.slot.config.memory != Memory::Normal || !entry.slot.config.writable {
+            return Err(Error::NotLoggable);
+        }
+        let slot = entry.slot.clone();
+        let log = SlotLog::new(slot.pages, self.services.quiescence.cpus());
+        if initially_all_set {
+            log.current().set_all(cpu.0);
+        }
+        entry.log = Some(log);
+        // A fault that began before this grace period may map writable without recording; the protection comes after.
+        self.publish(&admin);
+        if !initially_all_set {
+            let mut debt = Debt::open(self, cpu);
+            self.protect_all(cpu, &slot, &mut debt);
+            debt.pay();
+        }
+        Ok(())
+    }
+
+    /// Stops recording. Pages that were read-only become writable again as they are written.
+    ///
+    /// Rounding: none. Races: faults; none records any more on return. TLB: nothing owed. Cost: a grace period.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoSlot`], [`Error::NotLogging`].
+    pub fn disable_logging(&self, id: SlotId) -> Result<(), Error> {
+        let mut admin = self.admin.lock();
+        admin.slot(id)?.log.take().ok_or(Error::NotLogging)?;
+        self.publish(&admin);
+        Ok(())
+    }
+
+    /// Adds the pages recorded in the current epoch to `into` and takes nothing.
+    ///
+    /// Rounding: none. Races: a page recorded meanwhile may be reported or not. TLB: nothing owed. Cost: the pages
+    /// recorded, and one load per 4096 groups of the slot and CPU.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoSlot`], [`Error::NotLogging`].
+    pub fn dirty(&self, id: SlotId, into: &mut PageSet) -> Result<(), Error> {
+        let (slot, bitmap) = self.logged(id)?;
+        bitmap.read(0, slot.pages, |first, bits| into.push(first, bits));
+        Ok(())
+    }
+
+    /// Takes the pages recorded in `[from, to)` of the slot into `into` and makes them read-only. When it returns, what
+    /// was written to them before is in memory and what is written later is recorded again: the caller may copy them.
+    ///
+    /// Rounding: none; `from` and `to` are multiples of 64 pages, or `to` is the slot's end. Races: faults, splits, and other
+    /// clears, whose invalidation is joined. TLB: nothing owed on return. Cost: the pages recorded.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoSlot`], [`Error::NotLogging`], [`Error::BadRange`]; nothing is taken then.
+    pub fn clear(
+        &self,
+        cpu: CpuId,
+        id: SlotId,
+        from: u64,
+        to: u64,
+        into: &mut PageSet,
+    ) -> Result<(), Error> {
+        let (slot, bitmap) = self.logged(id)?;
+        let aligned =
+            from.is_multiple_of(WORD_PAGES) && (to.is_multiple_of(WORD_PAGES) || to == slot.pages);
+        if from >= to || to > slot.pages || !aligned {
+            return Err(Error::BadRange(
+                slot.ipa_of(from.min(slot.pages)),
+                to.saturating_sub(from),
+            ));
+        }
+        let mut debt = Debt::open(self, cpu);
+        let mut at = from;
+        while let Some(group) = bitmap.next_group(at, to) {
+            let start = group.max(from);
+            let end = (group + GROUP_PAGES).min(to);
+            self.clear_group(cpu, &slot, &bitmap, start, end, into, &mut debt);
+            at = group + GROUP_PAGES;
+        }
+        debt.pay();
+        Ok(())
+    }
+
+    /// Closes the current epoch and opens the next: from some moment during the call on writes are recorded in the next
+    /// epoch, and `into` gets the pages of the closed one. Engine `walk`.
+    ///
+    /// Rounding: none. Races: faults and clears. TLB: nothing owed on return. Cost: a grace period, one visit of every leaf,
+    /// one invalidation of the VMID.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoSlot`], [`Error::NotLogging`].
+    pub fn next_epoch(&self, cpu: CpuId, id: SlotId, into: &mut PageSet) -> Result<(), Error> {
+        let mut admin = self.admin.lock();
+        let entry = admin.slot(id)?;
+        let slot = entry.slot.clone();
+        let closed = entry.log.as_mut().ok_or(Error::NotLogging)?.flip();
+        self.publish(&admin);
+        let mut debt = Debt::open(self, cpu);
+        self.protect_all(cpu, &slot, &mut debt);
+        debt.pay();
+        let mut at = 0;
+        while let Some(group) = closed.next_group(at, slot.pages) {
+            at = group + GROUP_PAGES;
+            closed.take_group(group, at.min(slot.pages), |first, bits| {
+                into.push(first, bits)
+            });
+        }
+        Ok(())
+    }
+
+    fn logged(&self, id: SlotId) -> Result<(Arc<MemorySlot>, Arc<Bitmap>), Error> {
+        let mut admin = self.admin.lock();
+        let entry = admin.slot(id)?;
+        let bitmap = entry.log.as_ref().ok_or(Error::NotLogging)?.current();
+        Ok((entry.slot.clone(), bitmap))
+    }
+
+    /// Takes and protects the pages of `[start, end)`, which lie in one group. The order is rule 10's: first the bits,
+    /// then the leaves.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "the group's bounds belong to the walk of the caller"
+    )]
+    fn clear_group(
+        &self,
+        cpu: CpuId,
+        slot: &MemorySlot,
+        bitmap: &Bitmap,
+        start: u64,
+        end: u64,
+        into: &mut PageSet,
+        debt: &mut Debt<'_>,
+    ) {
+        let mut taken = [(0, 0); (GROUP_PAGES / WORD_PAGES) as usize];
+        let mut count = 0;
+        bitmap.take_group(start, end, |first, bits| {
+            if let Some(entry) = taken.get_mut(count) {
+                *entry = (first, bits);
+                count += 1;
+            }
+        });
+        for &(first, bits) in taken.iter().take(count) {
+            into.push(first, bits);
+            let mut left = bits;
+            while let Err((rest, Busy)) = self.protect_word(cpu, slot, first, left, debt) {
+                left = rest;
+                arch::yield_now();
+            }
+        }
+    }
+
+    /// Protects the pages `bits` of the word at page `first`; on a busy slot returns those not yet done.
+    fn protect_word(
+        &self,
+        cpu: CpuId,
+        slot: &MemorySlot,
+        first: u64,
+        bits: u64,
+        debt: &mut Debt<'_>,
+    ) -> Result<(), (u64, Busy)> {
+        let active = self.services.quiescence.enter(cpu);
+        let _guard = self.lock.share();
+        let mut left = bits;
+        while left != 0 {
+            let ipa = slot.ipa_of(first + u64::from(left.trailing_zeros()));
+            let Some(at) = self.root().walk_to(ipa, Level::L2, &active) else {
+                return Ok(());
+            };
+            if !at.found.is_table(at.level) {
+                protect_slot(at.slot, ipa, at.level, debt).map_err(|busy| (left, busy))?;
+                if !at.slot.load().is_table(at.level) {
+                    left &= !pages_below(ipa, at.level, slot, first);
+                }
+                continue;
+            }
+            let table = table_of(at.found, &active);
+            let region = ipa.align_down(Level::L2.span_bytes());
+            while left != 0 {
+                let page = slot.ipa_of(first + u64::from(left.trailing_zeros()));
+                if page.align_down(Level::L2.span_bytes()) != region {
+                    break;
+                }
+                if let Some(leaf) = table.get(Level::L3.index_of(page)) {
+                    protect_slot(leaf, page, Level::L3, debt).map_err(|busy| (left, busy))?;
+                }
+                left &= left - 1;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The bits of the word at page `first` whose pages lie in the leaf of `level` around `ipa`.
+fn pages_below(ipa: Ipa, level: Level, slot: &MemorySlot, first: u64) -> u64 {
+    let base = ipa.align_down(level.span_bytes());
+    (0..WORD_PAGES)
+        .filter(|page| slot.ipa_of(first + page).align_down(level.span_bytes()) == base)
+        .fold(0, |bits, page| bits | 1 << page)
+}

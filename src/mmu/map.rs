@@ -1,0 +1,117 @@
+//! Mapping: filling an empty slot with the leaf that its memory slot says.
+//!
+//! An empty slot is first *claimed* (busy), so that exactly one CPU zeroes the memory behind it; a second CPU that
+//! zeroed it too could do so after the first one's guest had written. Zeroing happens outside the MMU lock. While logging,
+//! pages are mapped one by one, and a read maps read-only (rule 8).
+
+use crate::addr::{Ipa, PAGE_BYTES};
+use crate::arch;
+use crate::mmu::descriptor::Descriptor;
+use crate::mmu::fault::{Access, Attempt, Resolution};
+use crate::mmu::geometry::Level;
+use crate::mmu::slot::{Contents, Context, SlotView};
+use crate::mmu::stage2::Stage2;
+use crate::mmu::walk::Position;
+use crate::sync::quiescence::{Active, CpuId};
+
+impl Stage2 {
+    /// Maps the page at `ipa` for `access`, building what tables are missing. Called inside a section, without the lock.
+    pub(crate) fn map_at(
+        &self,
+        cpu: CpuId,
+        context: &Context,
+        ipa: Ipa,
+        access: Access,
+        active: &Active<'_>,
+    ) -> Attempt {
+        let Some((tag, view)) = context.slot_of(ipa) else {
+            return Attempt::Give(Resolution::NoSlot);
+        };
+        if access == Access::Write && !view.slot.config.writable {
+            return Attempt::Give(Resolution::Denied);
+        }
+        let limit = if view.log.is_some() {
+            Level::L3
+        } else {
+            Level::L1
+        };
+        let wanted = view.slot.level_at(ipa, limit);
+        let at = match self.descend(cpu, context, ipa, wanted, active) {
+            Ok(at) => at,
+            Err(attempt) => return attempt,
+        };
+        let write = view.slot.config.writable && (view.log.is_none() || access == Access::Write);
+        let Some(leaf) = view.slot.leaf(ipa, at.level, tag, write) else {
+            return Attempt::Give(Resolution::NoSlot);
+        };
+        let claimed = {
+            let _guard = self.lock.share();
+            at.slot.claim()
+        };
+        let Ok(clean) = claimed else {
+            return Attempt::Again;
+        };
+        if view.slot.config.contents == Contents::Zero {
+            zero(leaf.to.raw(), at.level.span_pages());
+        }
+        clean.make(Descriptor::leaf(&leaf, at.level, self.format()));
+        if write {
+            record(view, ipa, at.level, cpu);
+        }
+        Attempt::Done
+    }
+
+    /// Walks to an empty slot at `wanted` or below, linking tables on the way.
+    fn descend<'a>(
+        &self,
+        cpu: CpuId,
+        context: &Context,
+        ipa: Ipa,
+        wanted: Level,
+        active: &'a Active<'_>,
+    ) -> Result<Position<'a>, Attempt> {
+        loop {
+            let at = context
+                .root
+                .walk(ipa, active)
+                .ok_or(Attempt::Give(Resolution::NoSlot))?;
+            if at.found != Descriptor::EMPTY {
+                return Err(Attempt::Again);
+            }
+            if at.level >= wanted {
+                return Ok(at);
+            }
+            let table = self
+                .pool
+                .take(cpu)
+                .ok_or(Attempt::Give(Resolution::TopUp))?;
+            table.fill(active, |_| Descriptor::EMPTY);
+            let linked = {
+                let _guard = self.lock.share();
+                at.slot
+                    .compare_and_swap(Descriptor::EMPTY, table.descriptor())
+            };
+            if linked.is_err() {
+                self.pool.put_back(cpu, table.abandon());
+                return Err(Attempt::Again);
+            }
+        }
+    }
+}
+
+/// Records every page of a leaf that was just made writable while its slot is being logged.
+pub(crate) fn record(view: &SlotView, ipa: Ipa, level: Level, cpu: CpuId) {
+    let Some(log) = &view.log else { return };
+    let first = view.slot.page_of(ipa.align_down(level.span_bytes()));
+    for page in first..first + level.span_pages() {
+        log.set(page, cpu.0);
+    }
+}
+
+fn zero(first: u64, pages: u64) {
+    for page in 0..pages {
+        // SAFETY: A slot with `Contents::Zero` owns its backing, and the claimed slot makes this CPU the only one that
+        // reaches these pages until the leaf is made.
+        unsafe { arch::zero_page(crate::addr::Pa::new(first + page * PAGE_BYTES)) };
+    }
+}

@@ -1,0 +1,248 @@
+//! Invalidation as a debt: what an entry point leaves stale, somebody must make unreachable.
+//!
+//! A [`Debt`] is opened *before* the first descriptor is changed, collects what was changed, and is paid once; dropping
+//! it pays it too, because a forgotten debt is a guest that writes unseen. While it is open, whoever finds its own work
+//! already done must not believe that it is effective: it joins ([`Debt::join`], rule 11).
+//!
+//! ```text
+//!   A: open (unpaid += 1)   CAS RW -> RO            ...            invalidate   unpaid -= 1
+//!   B:                              finds RO, reads unpaid > 0: adds the page to its own debt
+//! ```
+//!
+//! B's acquire load of A's descriptor makes A's increment visible, so B reads zero only once A's invalidation is over.
+//!
+//! # Order of an invalidation
+//!
+//! `DSB ISHST`, stage-2 operations, `DSB ISH`, `TLBI VMALLE1IS`, `DSB ISH` (DDI 0487 issue K.a, D8.17): stage-2 operations
+//! need not reach entries that combine both stages, and the reverse order lets a combined entry be refilled from a stale
+//! stage-2 one. `VMALLS12E1IS` does both at once. No level hint is given, so that entries of every level go (rule 18).
+
+use crate::addr::{Ipa, PAGE_BYTES, Va};
+use crate::arch;
+use crate::arch::atomic::{AtomicU64, Ordering};
+use crate::mmu::geometry::Level;
+use crate::mmu::stage2::Stage2;
+use crate::sync::percpu;
+use crate::sync::quiescence::CpuId;
+use crate::trace::Event;
+
+/// Single addresses worth naming one by one; more become ranges or a whole VMID.
+///
+/// Counted in instructions a broadcast of one address costs its issuer 2 (operand, `TLBI`) and every CPU the refill of
+/// one entry; the whole VMID costs its issuer 1 and every CPU the refill of all. Eight keeps the issuer's part below
+/// that of a single descriptor's protection.
+const SINGLE_ADDRESSES: usize = 8;
+/// Pages that one FEAT_TLBIRANGE operand can name.
+const RANGE_PAGES: u64 = 1 << 21;
+/// Ranges worth naming before the whole VMID is cheaper for the issuer.
+const RANGES: u64 = 4;
+
+/// What FEAT_TLBI* this machine has.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct TlbFeatures {
+    /// FEAT_TLBIRANGE on every CPU.
+    pub range: bool,
+}
+
+/// Number of a VM's debts that are open.
+#[derive(Debug, Default)]
+pub struct OpenDebts(AtomicU64);
+
+impl OpenDebts {
+    /// One more: before the first descriptor is changed.
+    pub fn open(&self) {
+        self.0.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// One less: after the invalidation is complete.
+    pub fn settle(&self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
+
+    /// Whether an invalidation of something that the caller has already seen changed may be outstanding.
+    pub fn any(&self) -> bool {
+        self.0.load(Ordering::SeqCst) != 0
+    }
+}
+
+/// Invalidation owed by one VM's tables, under its VMID.
+#[must_use = "stale translations let the guest write unseen: call `pay`"]
+pub(crate) struct Debt<'m> {
+    stage2: &'m Stage2,
+    cpu: CpuId,
+    owed: Owed,
+}
+
+/// A value of fixed size: debts are collected under the MMU lock, where nothing is allocated.
+#[derive(Clone, Copy)]
+enum Owed {
+    Nothing,
+    Addresses {
+        list: [Ipa; SINGLE_ADDRESSES],
+        count: usize,
+        to: Ipa,
+    },
+    Range {
+        from: Ipa,
+        to: Ipa,
+    },
+    Everything,
+}
+
+impl<'m> Debt<'m> {
+    /// Opens a debt of `stage2`, to be paid on `cpu`, the calling CPU. Nothing is owed yet.
+    pub(crate) fn open(stage2: &'m Stage2, cpu: CpuId) -> Self {
+        stage2.debts().open();
+        Self {
+            stage2,
+            cpu,
+            owed: Owed::Nothing,
+        }
+    }
+
+    /// The leaf at `ipa`, of `level`, was changed.
+    pub(crate) fn add(&mut self, ipa: Ipa, level: Level) {
+        let from = ipa.align_down(level.span_bytes());
+        let to = Ipa::new(from.raw().saturating_add(level.span_bytes()));
+        self.owed = match self.owed {
+            Owed::Nothing => Owed::Addresses {
+                list: [from; SINGLE_ADDRESSES],
+                count: 1,
+                to,
+            },
+            Owed::Addresses {
+                mut list,
+                count,
+                to: high,
+            } => match list.get_mut(count) {
+                Some(free) => {
+                    *free = from;
+                    Owed::Addresses {
+                        list,
+                        count: count + 1,
+                        to: high.max(to),
+                    }
+                }
+                None => Owed::Range {
+                    from: list.iter().copied().fold(from, Ipa::min),
+                    to: high.max(to),
+                },
+            },
+            Owed::Range {
+                from: low,
+                to: high,
+            } => Owed::Range {
+                from: low.min(from),
+                to: high.max(to),
+            },
+            Owed::Everything => Owed::Everything,
+        };
+    }
+
+    /// The leaf at `ipa` was found as this caller would have left it: if another debt of this VM is open, it may be that
+    /// one's, and is owed here too.
+    pub(crate) fn join(&mut self, ipa: Ipa, level: Level) {
+        if self.stage2.debts().others_than_one() {
+            self.add(ipa, level);
+        }
+    }
+
+    /// Tables were unlinked, or so much was changed that naming it is not worth it.
+    pub(crate) fn add_everything(&mut self) {
+        self.owed = Owed::Everything;
+    }
+
+    /// Makes everything owed unreachable on all CPUs, complete on return.
+    pub(crate) fn pay(self) {
+        drop(self);
+    }
+
+    fn settle(&mut self) {
+        let owed = core::mem::replace(&mut self.owed, Owed::Nothing);
+        if !matches!(owed, Owed::Nothing) {
+            arch::dsb_ishst();
+            self.stage2
+                .under_vmid(self.cpu, || invalidate(&owed, self.stage2.tlb_features()));
+        }
+        self.stage2.debts().settle();
+    }
+}
+
+impl OpenDebts {
+    fn others_than_one(&self) -> bool {
+        self.0.load(Ordering::SeqCst) > 1
+    }
+}
+
+impl Drop for Debt<'_> {
+    fn drop(&mut self) {
+        self.settle();
+    }
+}
+
+fn invalidate(owed: &Owed, features: TlbFeatures) {
+    match owed {
+        Owed::Nothing => {}
+        Owed::Addresses { list, count, .. } => {
+            for ipa in list.iter().take(*count) {
+                arch::tlbi_ipas2e1is(*ipa);
+            }
+            percpu::count_many(Event::TlbiBroadcast, *count as u64);
+            combined();
+        }
+        Owed::Range { from, to } => invalidate_range(*from, *to, features),
+        Owed::Everything => everything(),
+    }
+}
+
+fn invalidate_range(from: Ipa, to: Ipa, features: TlbFeatures) {
+    let pages = to.offset_from(from).unwrap_or(0) / PAGE_BYTES;
+    if !features.range || pages > RANGES * RANGE_PAGES {
+        return everything();
+    }
+    let mut done = 0;
+    while done < pages {
+        let step = (pages - done).min(RANGE_PAGES);
+        arch::tlbi_ripas2e1is(Ipa::new(from.raw() + done * PAGE_BYTES), step);
+        percpu::count(Event::TlbiBroadcast);
+        percpu::count(Event::TlbiRange);
+        done += step;
+    }
+    combined();
+}
+
+/// Ends stage-2 operations and drops what combines both stages.
+fn combined() {
+    arch::dsb_ish();
+    arch::tlbi_vmalle1is();
+    percpu::count(Event::TlbiBroadcast);
+    arch::dsb_ish();
+}
+
+fn everything() {
+    arch::tlbi_vmalls12e1is();
+    percpu::count(Event::TlbiBroadcast);
+    percpu::count(Event::TlbiVmid);
+    arch::dsb_ish();
+}
+
+/// Invalidates on all CPUs what one broken slot translated, on a CPU that runs under the VM's VMID or holds it by
+/// [`Stage2::under_vmid`]; complete on return.
+pub(crate) fn broadcast_one(ipa: Ipa) {
+    arch::dsb_ishst();
+    arch::tlbi_ipas2e1is(ipa);
+    percpu::count(Event::TlbiBroadcast);
+    combined();
+}
+
+/// Invalidates one page on this CPU after its leaf was relaxed: the guest's own address `va` and the page `ipa`, for
+/// the loaded VMID. Other CPUs that hold a stale entry take one spurious fault (rule 5).
+#[inline]
+pub(crate) fn local_one(ipa: Ipa, va: Va) {
+    arch::dsb_nshst();
+    arch::tlbi_ipas2e1(ipa);
+    arch::dsb_nsh();
+    arch::tlbi_vaae1(va);
+    arch::dsb_nsh();
+    percpu::count(Event::TlbiLocal);
+}
