@@ -96,6 +96,10 @@ impl MmuLock {
             Locking::Rwlock => Some(Held::Read(poll(|| self.lock.try_read()))),
             Locking::Mutex => Some(Held::Write(poll(|| self.lock.try_write()))),
         };
+        if cfg!(debug_assertions) && held.is_some() {
+            // Taking the lock and releasing it each write its line, which every CPU's fault path writes.
+            percpu::count_many(Event::SharedLineWrites, 2);
+        }
         Shared { _held: held }
     }
 
