@@ -1,7 +1,7 @@
 //! Memory slots: which of the guest's addresses are memory, and whose frames are behind them.
 //!
 //! A slot is fixed once it is added; what changes about it (logging) lives in the snapshot that faults read
-//! ([`Context`]).
+//! (`Context`).
 
 use alloc::sync::Arc;
 use alloc::vec::Vec;

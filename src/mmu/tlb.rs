@@ -1,8 +1,8 @@
 //! Invalidation as a debt: what an entry point leaves stale, somebody must make unreachable.
 //!
-//! A [`Debt`] is opened *before* the first descriptor is changed, collects what was changed, and is paid once; dropping
+//! A `Debt` is opened *before* the first descriptor is changed, collects what was changed, and is paid once; dropping
 //! it pays it too, because a forgotten debt is a guest that writes unseen. While it is open, whoever finds its own work
-//! already done must not believe that it is effective: it joins ([`Debt::join`], rule 11).
+//! already done must not believe that it is effective: it joins (`Debt::join`, rule 11).
 //!
 //! ```text
 //!   A: open (unpaid += 1)   CAS RW -> RO            ...            invalidate   unpaid -= 1

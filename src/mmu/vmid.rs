@@ -6,8 +6,8 @@
 //!
 //! # Protocol
 //!
-//! `active[cpu]` is the tag (generation and number) that `cpu` runs under, or [`IDLE`]; rollover replaces it by
-//! [`ROLLED`] and keeps the number reserved for that CPU.
+//! `active[cpu]` is the tag (generation and number) that `cpu` runs under, or `IDLE`; rollover replaces it by
+//! `ROLLED` and keeps the number reserved for that CPU.
 //!
 //! ```text
 //!   load, fast                            rollover, under the lock
