@@ -1,0 +1,288 @@
+//! `cargo xtask bench [SUITE..]`: boots what a suite needs, collects its rows, prints its tables and writes
+//! `target/bench/<suite>.json` and `.svg`.
+//!
+//! Names are checked before anything is built; nothing is written before every run of a suite has ended well.
+
+mod dirty;
+mod fault;
+mod get;
+mod options;
+mod rows;
+
+use std::io::IsTerminal as _;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+use crate::board::Board;
+use crate::image::{self, Image, Profile};
+use crate::machine::{Machine, Timing};
+use crate::paths;
+use crate::plot::{self, Chart};
+use crate::qemu::{Launch, Qemu};
+use crate::setup;
+use crate::uart::{Line, Record};
+pub(crate) use options::Options;
+pub(crate) use rows::Row;
+
+/// Options of the task.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// dirty: the phases of dirty logging; fault: instructions of one write fault, over CPU models; get: cost of reading
+    /// few dirty pages of large slots
+    #[arg(default_value = "dirty", value_name = "SUITE")]
+    suites: Vec<Suite>,
+    #[command(flatten)]
+    options: Options,
+    #[command(flatten)]
+    qemu: setup::Choice,
+    /// Write the rows to this file instead of target/bench/SUITE.json; '-' is standard output, with nothing else on it
+    #[arg(long, value_name = "FILE")]
+    json: Option<String>,
+    /// Build with debug assertions and the record of shared lines; times mean little then
+    #[arg(long)]
+    debug: bool,
+    /// Kill a run after this many seconds
+    #[arg(long, default_value_t = 540, value_name = "N")]
+    seconds: u64,
+}
+
+/// What can be measured.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Suite {
+    Dirty,
+    Fault,
+    Get,
+}
+
+/// One boot.
+#[derive(Debug)]
+pub(crate) struct Job {
+    pub(crate) title: String,
+    pub(crate) machine: Machine,
+    pub(crate) append: String,
+}
+
+impl Suite {
+    const ALL: [Self; 3] = [Self::Dirty, Self::Fault, Self::Get];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Dirty => "dirty",
+            Self::Fault => "fault",
+            Self::Get => "get",
+        }
+    }
+
+    fn jobs(self, options: &Options, board: &Board) -> Result<Vec<Job>> {
+        match self {
+            Self::Dirty => dirty::jobs(options, board),
+            Self::Fault => fault::jobs(options, board),
+            Self::Get => get::jobs(options, board),
+        }
+    }
+
+    fn report(self, rows: &[Row]) -> String {
+        match self {
+            Self::Dirty => dirty::report(rows),
+            Self::Fault => fault::report(rows),
+            Self::Get => get::report(rows),
+        }
+    }
+
+    fn charts(self, rows: &[Row]) -> Vec<Chart> {
+        match self {
+            Self::Dirty => dirty::charts(rows),
+            Self::Fault => fault::charts(rows),
+            Self::Get => get::charts(rows),
+        }
+    }
+}
+
+impl std::str::FromStr for Suite {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        let known = || Self::ALL.map(Self::name).join(", ");
+        Self::ALL
+            .into_iter()
+            .find(|suite| suite.name() == name)
+            .ok_or_else(|| format!("no such suite; known suites: {}", known()))
+    }
+}
+
+/// Measures the suites in the order given.
+pub(crate) fn main(args: &Args) -> Result<ExitCode> {
+    let board = Board::qemu_virt()?;
+    let mut plans = Vec::new();
+    for &suite in &args.suites {
+        plans.push((suite, suite.jobs(&args.options, &board)?));
+    }
+    let qemu = setup::qemu(&args.qemu)?;
+    eprintln!("building the image");
+    let image = image::build(Profile::of(args.debug))?;
+    let quiet = args.json.as_deref() == Some("-");
+    let mut all = Vec::new();
+    for (suite, jobs) in plans {
+        let rows = measure(
+            suite,
+            &jobs,
+            &qemu,
+            &image,
+            Duration::from_secs(args.seconds),
+        )?;
+        let plot = paths::target(&format!("bench/{}.svg", suite.name()));
+        let data = paths::target(&format!("bench/{}.json", suite.name()));
+        rows::write_atomically(&plot, &plot::svg(&suite.charts(&rows))?)?;
+        if args.json.is_none() {
+            rows::write_atomically(&data, &rows::json(&rows)?)?;
+        }
+        if !quiet {
+            print!("{}", suite.report(&rows));
+            println!("{}", written(&plot, args.json.is_none().then_some(&data)));
+        }
+        all.extend(rows);
+    }
+    match args.json.as_deref() {
+        Some("-") => print!("{}", rows::json(&all)?),
+        Some(file) => rows::write_atomically(file.as_ref(), &rows::json(&all)?)?,
+        None => {}
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn written(plot: &std::path::Path, data: Option<&std::path::PathBuf>) -> String {
+    let root = paths::root();
+    let short = |path: &std::path::Path| {
+        path.strip_prefix(&root)
+            .unwrap_or(path)
+            .display()
+            .to_string()
+    };
+    let files: Vec<String> = data
+        .into_iter()
+        .map(|path| short(path))
+        .chain([short(plot)])
+        .collect();
+    format!("written: {}\n", files.join(", "))
+}
+
+/// Runs every job of a suite and gives each row its machine.
+fn measure(
+    suite: Suite,
+    jobs: &[Job],
+    qemu: &Qemu,
+    image: &Image,
+    limit: Duration,
+) -> Result<Vec<Row>> {
+    let mut rows = Vec::new();
+    for (index, job) in jobs.iter().enumerate() {
+        let title = format!(
+            "{} {}/{}: {}",
+            suite.name(),
+            index + 1,
+            jobs.len(),
+            job.title
+        );
+        let progress = Progress::new(title);
+        let launch = Launch {
+            machine: &job.machine,
+            image: &image.flat,
+            append: &job.append,
+            limit,
+            silence: limit,
+            gdb: false,
+        };
+        let run = qemu
+            .run(&launch, &mut |line| progress.hear(line))
+            .with_context(|| job.title.clone())?;
+        progress.end();
+        if let Some(fault) = run.fault() {
+            bail!("{}: {fault}", job.title);
+        }
+        if run.rows.is_empty() {
+            bail!("{}: the run measured nothing", job.title);
+        }
+        rows.extend(run.rows.into_iter().map(|row| {
+            Row::new(
+                row,
+                suite.name(),
+                &run.machine,
+                qemu.version(),
+                job.machine.timing,
+            )
+        }));
+    }
+    Ok(rows)
+}
+
+/// A bar on a terminal, plain lines elsewhere; on standard error in both cases.
+struct Progress {
+    bar: ProgressBar,
+    plain: bool,
+    title: String,
+}
+
+impl Progress {
+    fn new(title: String) -> Self {
+        let plain = !std::io::stderr().is_terminal();
+        let target = if plain {
+            ProgressDrawTarget::hidden()
+        } else {
+            ProgressDrawTarget::stderr()
+        };
+        let bar = ProgressBar::with_draw_target(Some(1), target);
+        if let Ok(style) =
+            ProgressStyle::with_template("{elapsed:>4} {bar:24} {pos}/{len} {prefix}: {msg}")
+        {
+            bar.set_style(style);
+        }
+        bar.set_prefix(title.clone());
+        bar.set_message("booting");
+        bar.enable_steady_tick(Duration::from_millis(250));
+        if plain {
+            eprintln!("{title}");
+        }
+        Self { bar, plain, title }
+    }
+
+    fn hear(&self, line: &Line) {
+        let Line::Record(Record::Progress { done, of, text }) = line else {
+            return;
+        };
+        self.bar.set_length(*of);
+        self.bar.set_position(*done);
+        self.bar.set_message(text.clone());
+        if self.plain {
+            eprintln!("{}: {done}/{of} {text}", self.title);
+        }
+    }
+
+    fn end(&self) {
+        self.bar.finish_and_clear();
+    }
+}
+
+/// `ns` of a run in the words of its timing: what a table's title says about its unit.
+pub(crate) fn unit(timing: Timing) -> (&'static str, f64) {
+    match timing {
+        Timing::Wall => ("ms", 1e6),
+        Timing::Insn => ("thousands of instructions", 1e3),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Suite;
+
+    #[test]
+    fn suites_are_found_by_name_and_others_are_refused_with_the_list() {
+        for suite in Suite::ALL {
+            assert_eq!(suite.name().parse(), Ok(suite));
+        }
+        let error = "migrate".parse::<Suite>().expect_err("not yet");
+        assert!(error.contains("dirty"), "{error}");
+    }
+}

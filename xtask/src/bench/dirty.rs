@@ -1,0 +1,264 @@
+//! Suite `dirty`: the phases of dirty logging over numbers of vCPUs and locking modes.
+
+use anyhow::Result;
+
+use super::options::Options;
+use super::rows::{distinct, mean};
+use super::{Job, Row, unit};
+use crate::board::Board;
+use crate::machine::Timing;
+use crate::plot::{Chart, Series};
+use crate::table::{Table, number};
+
+const PHASES: [&str; 6] = ["populate", "enable", "dirty", "get", "clear", "disable"];
+
+/// Counts of the write phase: heading, key.
+const COUNTS: [(&str, &str); 10] = [
+    ("written", "pages_written"),
+    ("reported", "pages_reported"),
+    ("lost", "pages_lost"),
+    ("faults", "faults_permission"),
+    ("TLBI local", "tlbi_local"),
+    ("TLBI bcast", "tlbi_broadcast"),
+    ("desc. writes", "descriptor_writes"),
+    ("locked", "lock_acquired"),
+    ("contended", "lock_contended"),
+    ("spins", "lock_spins"),
+];
+
+/// One boot for each timing, large enough for the largest number of vCPUs.
+pub(super) fn jobs(options: &Options, board: &Board) -> Result<Vec<Job>> {
+    let vcpus = options.vcpus();
+    let most = vcpus.iter().copied().max().unwrap_or(1);
+    let job = |timing: Timing| {
+        let machine =
+            options.machine(board, most, u64::from(most) * options.mib_per_vcpu, timing)?;
+        let title = format!(
+            "{} GICv{} timing {}",
+            machine.cpu,
+            machine.gic,
+            timing.name()
+        );
+        Ok(Job {
+            title,
+            append: options.append("dirty", &vcpus, timing),
+            machine,
+        })
+    };
+    options.timing().into_iter().map(job).collect()
+}
+
+/// Times and counts, for each timing.
+pub(super) fn report(rows: &[Row]) -> String {
+    let mut text = String::new();
+    for timing in timings(rows) {
+        let of: Vec<&Row> = rows
+            .iter()
+            .filter(|row| row.timing == timing.name())
+            .collect();
+        let Some(first) = of.first() else { continue };
+        let (name, scale) = unit(timing);
+        text += &format!(
+            "\ndirty, timing {}, {}\n",
+            timing.name(),
+            first.machine_words()
+        );
+        text += &format!(
+            "{} MiB a vCPU, {} written in order {}, stride {}, leaves of {}\n",
+            first.param("mib_per_vcpu"),
+            percent(first),
+            first.param("order"),
+            first.param("stride"),
+            first.param("backing")
+        );
+        text += &format!(
+            "\nphases, mean of {} iterations, {name}",
+            distinct(rows, |row| row.param("iteration")).len()
+        );
+        text += match timing {
+            Timing::Insn => " (of all CPUs together; the last columns in instructions)\n",
+            Timing::Wall => " (the last column in nanoseconds)\n",
+        };
+        text += &times(rows, timing, scale);
+        text += "\ncounts of the write phase, mean of the iterations\n";
+        text += &counts(rows, timing);
+    }
+    text
+}
+
+fn percent(row: &Row) -> String {
+    format!("{} %", row.param("write_percent"))
+}
+
+fn times(rows: &[Row], timing: Timing, scale: f64) -> String {
+    let mut heading = vec!["vCPUs", "locking"];
+    heading.extend(PHASES);
+    heading.push("dirty/page");
+    if timing == Timing::Insn {
+        heading.push("fault");
+    }
+    let mut table = Table::new(&heading);
+    for (vcpus, locking, group) in groups(rows, timing) {
+        let mut cells = vec![vcpus, locking];
+        let scaled =
+            |phase: &&str| cell(mean(&group, &format!("{phase}_ns")).map(|time| time / scale));
+        cells.extend(PHASES.iter().map(scaled));
+        cells.push(cell(ratio(&group, "dirty_ns", "pages_written")));
+        if timing == Timing::Insn {
+            cells.push(cell(mean(&group, "fault_insn")));
+        }
+        table.row(cells);
+    }
+    table.left(&[1]).to_string()
+}
+
+fn counts(rows: &[Row], timing: Timing) -> String {
+    let mut heading = vec!["vCPUs", "locking"];
+    heading.extend(COUNTS.map(|(name, _)| name));
+    heading.push("cont. %");
+    let mut table = Table::new(&heading);
+    for (vcpus, locking, group) in groups(rows, timing) {
+        let mut cells = vec![vcpus, locking];
+        cells.extend(COUNTS.iter().map(|(_, key)| cell(mean(&group, key))));
+        cells.push(cell(
+            ratio(&group, "lock_contended", "lock_acquired").map(|ratio| 100.0 * ratio),
+        ));
+        table.row(cells);
+    }
+    table.left(&[1]).to_string()
+}
+
+fn cell(value: Option<f64>) -> String {
+    value.map_or_else(|| "-".to_owned(), number)
+}
+
+fn ratio(rows: &[&Row], above: &str, below: &str) -> Option<f64> {
+    let below = mean(rows, below).filter(|&count| count > 0.0)?;
+    Some(mean(rows, above)? / below)
+}
+
+/// The write phase and the clear phase over vCPUs, a line for each mode.
+pub(super) fn charts(rows: &[Row]) -> Vec<Chart> {
+    let phases = [("dirty_ns", "write phase"), ("clear_ns", "clear")];
+    let charts = timings(rows)
+        .into_iter()
+        .flat_map(|timing| phases.map(|phase| chart(rows, timing, phase)));
+    charts.collect()
+}
+
+fn chart(rows: &[Row], timing: Timing, (key, name): (&str, &str)) -> Chart {
+    let (unit, scale) = unit(timing);
+    let groups = groups(rows, timing);
+    let mut series: Vec<Series> = Vec::new();
+    for (vcpus, locking, group) in &groups {
+        let Some(value) = mean(group, key) else {
+            continue;
+        };
+        let point = (vcpus.clone(), value / scale);
+        match series.iter_mut().find(|line| line.name == *locking) {
+            Some(line) => line.points.push(point),
+            None => series.push(Series {
+                name: locking.clone(),
+                points: vec![point],
+            }),
+        }
+    }
+    Chart {
+        title: format!("{name}, timing {}", timing.name()),
+        x: "vCPUs".into(),
+        y: unit.into(),
+        series,
+    }
+}
+
+fn timings(rows: &[Row]) -> Vec<Timing> {
+    let both = [Timing::Insn, Timing::Wall];
+    both.into_iter()
+        .filter(|timing| rows.iter().any(|row| row.timing == timing.name()))
+        .collect()
+}
+
+/// The iterations of each pair of vCPUs and mode that was measured under `timing`, smallest number of vCPUs first.
+fn groups(rows: &[Row], timing: Timing) -> Vec<(String, String, Vec<&Row>)> {
+    let key = |row: &Row| (row.param("vcpus"), row.param("locking"));
+    let mut keys = distinct(rows, key);
+    keys.sort_by_key(|(vcpus, _)| vcpus.parse::<u32>().unwrap_or(u32::MAX));
+    let group = |wanted: (String, String)| {
+        let found: Vec<&Row> = rows
+            .iter()
+            .filter(|row| row.timing == timing.name() && key(row) == wanted)
+            .collect();
+        (wanted.0, wanted.1, found)
+    };
+    keys.into_iter()
+        .map(group)
+        .filter(|(_, _, found)| !found.is_empty())
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{charts, jobs, report};
+    use crate::bench::Row;
+    use crate::bench::options::tests::options;
+    use crate::bench::rows::tests::row;
+    use crate::board::Board;
+    use crate::machine::Timing;
+
+    fn rows() -> Vec<Row> {
+        let mut rows = Vec::new();
+        for (vcpus, locking, dirty) in [
+            (8, "mutex", 80_000_000),
+            (1, "mutex", 4_000_000),
+            (1, "lockless", 2_000_000),
+        ] {
+            for iteration in 0..2 {
+                let params =
+                    format!(r#""vcpus":{vcpus},"locking":"{locking}","iteration":{iteration}"#);
+                let values = format!(
+                    r#""dirty_ns":{dirty},"pages_written":1000,"lock_acquired":200,"lock_contended":10,"fault_insn":291"#
+                );
+                rows.push(row(Timing::Wall, &params, &values));
+            }
+        }
+        rows
+    }
+
+    #[test]
+    fn a_boot_for_each_timing_with_room_for_the_most_vcpus() {
+        let board = Board::qemu_virt().expect("the board file is read");
+        let jobs =
+            jobs(&options(&["--vcpus", "1,4"]).expect("good options"), &board).expect("they fit");
+        assert_eq!(jobs.len(), 2);
+        assert!(
+            jobs.iter()
+                .all(|job| job.machine.cpus == 5 && job.append.contains("vcpus=1,4"))
+        );
+    }
+
+    #[test]
+    fn the_tables_have_a_line_for_each_pair_in_order_of_vcpus() {
+        let text = report(&rows());
+        let lines: Vec<&str> = text
+            .lines()
+            .filter(|line| line.contains("mutex") || line.contains("lockless"))
+            .collect();
+        assert_eq!(lines.len(), 6, "{text}");
+        assert!(
+            lines[0].trim_start().starts_with('1') && lines[2].trim_start().starts_with('8'),
+            "{text}"
+        );
+        assert!(lines[2].contains("80") && lines[5].ends_with('5'), "{text}");
+    }
+
+    #[test]
+    fn a_chart_for_each_timing_and_phase_that_was_measured() {
+        let charts = charts(&rows());
+        assert_eq!(charts.len(), 2);
+        assert_eq!(charts[0].series.len(), 2);
+        assert_eq!(
+            charts[0].series[0].points,
+            [("1".to_owned(), 4.0), ("8".to_owned(), 80.0)]
+        );
+    }
+}

@@ -1,0 +1,264 @@
+//! What a measurement is asked to vary, checked before anything starts, and its translation to boot arguments.
+
+use std::str::FromStr;
+
+use anyhow::{Result, bail};
+
+use crate::board::Board;
+use crate::machine::{Machine, Timing};
+
+/// Options that describe what is measured.
+#[derive(clap::Args, Clone, Debug)]
+pub(crate) struct Options {
+    /// Numbers of vCPUs [default: 1,2,4,8]
+    #[arg(long, value_delimiter = ',', value_name = "N,..", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) vcpus: Vec<u32>,
+    /// Locking modes of the MMU: mutex, rwlock, lockless [default: all]
+    #[arg(long, value_delimiter = ',', value_name = "MODE,..")]
+    pub(crate) locking: Vec<Locking>,
+    /// Guest memory that each vCPU writes
+    #[arg(long, default_value_t = 16, value_name = "MIB", value_parser = clap::value_parser!(u64).range(2..))]
+    pub(crate) mib_per_vcpu: u64,
+    /// Rounds of write, get, clear
+    #[arg(long, default_value_t = 2, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) iterations: u32,
+    /// Of 100 accesses, how many write; the others read
+    #[arg(long, default_value_t = 100, value_name = "PERCENT", value_parser = clap::value_parser!(u32).range(0..=100))]
+    pub(crate) write_percent: u32,
+    /// Visit the pages in random order
+    #[arg(long)]
+    pub(crate) random: bool,
+    /// Seed of everything random
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    pub(crate) seed: u64,
+    /// Distance between accesses: 4k, 2m
+    #[arg(long, default_value = "4k", value_parser = ["4k", "2m"], value_name = "SIZE")]
+    pub(crate) stride: String,
+    /// Largest leaf that maps guest memory: 4k, 2m, 1g
+    #[arg(long, default_value = "4k", value_parser = ["4k", "2m", "1g"], value_name = "SIZE")]
+    pub(crate) backing: String,
+    /// Enable logging with every page reported dirty, so that enabling protects nothing
+    #[arg(long)]
+    pub(crate) initially_all_set: bool,
+    /// Where a write fault takes its IPA from: at (walk stage 1 again), trust (HPFAR_EL2)
+    #[arg(long, value_parser = ["at", "trust"], value_name = "HOW")]
+    pub(crate) hpfar: Option<String>,
+    /// Sizes of the slots of suite get
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "1024,16384",
+        value_name = "MIB,.."
+    )]
+    pub(crate) slot_mib: Vec<u64>,
+    /// insn: nanoseconds are instructions; wall: CPUs run at the same time [default: both]
+    #[arg(long, value_delimiter = ',', value_name = "TIMING,..")]
+    pub(crate) timing: Vec<Timing>,
+    /// CPU model
+    #[arg(long, value_name = "MODEL")]
+    pub(crate) cpu: Option<String>,
+    /// GIC version: 2 or 3
+    #[arg(long, value_name = "N")]
+    pub(crate) gic: Option<u32>,
+    /// RAM of the machine [default: what the guest needs]
+    #[arg(long, value_name = "MIB")]
+    pub(crate) memory: Option<u64>,
+    /// The sizes of the published measurements: 1 to 64 vCPUs
+    #[arg(long)]
+    pub(crate) full: bool,
+}
+
+/// A locking mode by name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Locking {
+    Mutex,
+    Rwlock,
+    Lockless,
+}
+
+impl Locking {
+    pub(crate) const ALL: [Self; 3] = [Self::Mutex, Self::Rwlock, Self::Lockless];
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Mutex => "mutex",
+            Self::Rwlock => "rwlock",
+            Self::Lockless => "lockless",
+        }
+    }
+}
+
+impl FromStr for Locking {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        let known = || Self::ALL.map(Self::name).join(", ");
+        Self::ALL
+            .into_iter()
+            .find(|mode| mode.name() == name)
+            .ok_or_else(|| format!("known modes: {}", known()))
+    }
+}
+
+impl Options {
+    pub(crate) fn vcpus(&self) -> Vec<u32> {
+        let default: &[u32] = if self.full {
+            &[1, 2, 4, 8, 16, 32, 64]
+        } else {
+            &[1, 2, 4, 8]
+        };
+        if self.vcpus.is_empty() {
+            default.to_vec()
+        } else {
+            self.vcpus.clone()
+        }
+    }
+
+    pub(crate) fn locking(&self) -> Vec<Locking> {
+        if self.locking.is_empty() {
+            Locking::ALL.to_vec()
+        } else {
+            self.locking.clone()
+        }
+    }
+
+    pub(crate) fn timing(&self) -> Vec<Timing> {
+        if self.timing.is_empty() {
+            vec![Timing::Insn, Timing::Wall]
+        } else {
+            self.timing.clone()
+        }
+    }
+
+    /// A machine with one CPU for each of `vcpus` and one for the controller, and RAM for the guest's memory twice over
+    /// (a copy of it is compared in some suites).
+    pub(crate) fn machine(
+        &self,
+        board: &Board,
+        vcpus: u32,
+        guest_mib: u64,
+        timing: Timing,
+    ) -> Result<Machine> {
+        let mut machine = Machine::of(board);
+        machine
+            .cpu
+            .clone_from(self.cpu.as_ref().unwrap_or(&board.machine.cpu));
+        machine.gic = self.gic.unwrap_or(machine.gic);
+        machine.cpus = vcpus + 1;
+        machine.memory_mib = self
+            .memory
+            .unwrap_or(256 + 2 * guest_mib.next_power_of_two());
+        machine.timing = timing;
+        if let Err(error) = board.accept(&machine) {
+            bail!("{vcpus} vCPUs and the controller: {error}");
+        }
+        Ok(machine)
+    }
+
+    /// Boot arguments for `suite`.
+    pub(crate) fn append(&self, suite: &str, vcpus: &[u32], timing: Timing) -> String {
+        let vcpus: Vec<String> = vcpus.iter().map(u32::to_string).collect();
+        let order = if self.random { "random" } else { "sequential" };
+        let mut words = vec![
+            format!("suite={suite} timing={}", timing.name()),
+            format!(
+                "vcpus={} locking={}",
+                vcpus.join(","),
+                self.locking()
+                    .iter()
+                    .map(|mode| mode.name())
+                    .collect::<Vec<_>>()
+                    .join(",")
+            ),
+            format!("mib={} iterations={}", self.mib_per_vcpu, self.iterations),
+            format!(
+                "write-percent={} order={order} seed={}",
+                self.write_percent, self.seed
+            ),
+            format!("stride={} backing={}", self.stride, self.backing),
+            format!("initially-all-set={}", u8::from(self.initially_all_set)),
+        ];
+        words.extend(self.hpfar.iter().map(|source| format!("hpfar={source}")));
+        words.join(" ")
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::{Locking, Options};
+    use crate::board::Board;
+    use crate::machine::Timing;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        options: Options,
+    }
+
+    /// Options as a command line gives them.
+    pub(crate) fn options(words: &[&str]) -> Result<Options, String> {
+        let line = Line::try_parse_from(["bench"].iter().chain(words));
+        line.map(|line| line.options)
+            .map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn defaults_measure_every_mode_with_one_to_eight_vcpus() {
+        let options = options(&[]).expect("no options");
+        assert_eq!(options.vcpus(), [1, 2, 4, 8]);
+        assert_eq!(options.locking(), Locking::ALL);
+        assert_eq!(options.timing(), [Timing::Insn, Timing::Wall]);
+    }
+
+    #[test]
+    fn what_is_asked_for_reaches_the_boot_arguments() {
+        let words = [
+            "--locking",
+            "rwlock,mutex",
+            "--random",
+            "--seed",
+            "7",
+            "--stride",
+            "2m",
+            "--hpfar",
+            "trust",
+        ];
+        let options = options(&words).expect("good options");
+        let append = options.append("dirty", &[1, 2], Timing::Insn);
+        let expected = "suite=dirty timing=insn vcpus=1,2 locking=rwlock,mutex mib=16 iterations=2 write-percent=100 \
+                        order=random seed=7 stride=2m backing=4k initially-all-set=0 hpfar=trust";
+        assert_eq!(append, expected);
+    }
+
+    #[test]
+    fn wrong_names_and_numbers_are_refused() {
+        let wrong: [&[&str]; 8] = [
+            &["--locking", "ticket"],
+            &["--vcpus", "0"],
+            &["--vcpus", "two"],
+            &["--write-percent", "101"],
+            &["--iterations", "0"],
+            &["--stride", "8k"],
+            &["--timing", "sundial"],
+            &["--hpfar", "maybe"],
+        ];
+        for words in wrong {
+            assert!(options(words).is_err(), "{words:?}");
+        }
+    }
+
+    #[test]
+    fn a_machine_has_a_cpu_more_than_vcpus_and_is_refused_when_the_gic_has_too_few() {
+        let board = Board::qemu_virt().expect("the board file is read");
+        let options = options(&["--gic", "2"]).expect("good options");
+        let machine = options
+            .machine(&board, 7, 112, Timing::Wall)
+            .expect("it fits");
+        assert_eq!((machine.cpus, machine.memory_mib), (8, 512));
+        let error = options
+            .machine(&board, 8, 128, Timing::Wall)
+            .expect_err("nine CPUs");
+        assert!(error.to_string().contains("GICv2 has 1 to 8"), "{error}");
+    }
+}

@@ -1,0 +1,143 @@
+//! The machine that QEMU is asked to be, and how time passes in it.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use crate::board::Board;
+
+/// What a nanosecond of the run means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) enum Timing {
+    /// Virtual nanoseconds are executed instructions, the CPUs take turns: repeatable path lengths.
+    Insn,
+    /// CPUs are host threads and time is the host's: real concurrency, noisy.
+    Wall,
+}
+
+impl Timing {
+    /// The name on command lines and in rows.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Insn => "insn",
+            Self::Wall => "wall",
+        }
+    }
+}
+
+impl FromStr for Timing {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        [Self::Insn, Self::Wall]
+            .into_iter()
+            .find(|timing| timing.name() == name)
+            .ok_or_else(|| "known timings: insn, wall".to_owned())
+    }
+}
+
+/// One machine.
+#[derive(Clone, Debug)]
+pub(crate) struct Machine {
+    pub(crate) cpu: String,
+    pub(crate) gic: u32,
+    pub(crate) cpus: u32,
+    pub(crate) memory_mib: u64,
+    pub(crate) timing: Timing,
+    /// Without it QEMU enters the image at EL1.
+    pub(crate) virtualization: bool,
+    /// A device tree instead of QEMU's own.
+    pub(crate) dtb: Option<PathBuf>,
+}
+
+impl Machine {
+    /// The board's own defaults.
+    pub(crate) fn of(board: &Board) -> Self {
+        Self {
+            cpu: board.machine.cpu.clone(),
+            gic: board.machine.gic_version,
+            cpus: board.machine.cpus,
+            memory_mib: board.machine.memory_mib,
+            timing: Timing::Wall,
+            virtualization: true,
+            dtb: None,
+        }
+    }
+
+    /// The part of QEMU's command line that describes the machine.
+    pub(crate) fn arguments(&self) -> Vec<OsString> {
+        let switch = if self.virtualization { "on" } else { "off" };
+        let mut words: Vec<OsString> = Vec::new();
+        let mut option = |name: &str, value: String| words.extend([name.into(), value.into()]);
+        option(
+            "-M",
+            format!("virt,virtualization={switch},gic-version={}", self.gic),
+        );
+        // One counter tick is one nanosecond on every model, as it is on `max`; under `insn`, one instruction.
+        option("-cpu", format!("{},cntfrq=1000000000", self.cpu));
+        option("-smp", self.cpus.to_string());
+        option("-m", format!("{}M", self.memory_mib));
+        match self.timing {
+            Timing::Insn => option("-icount", "shift=0,sleep=off".into()),
+            Timing::Wall => option("-accel", "tcg,thread=multi".into()),
+        }
+        if let Some(dtb) = &self.dtb {
+            words.extend(["-dtb".into(), dtb.into()]);
+        }
+        words
+    }
+
+    /// The command line that makes QEMU write its device tree for this machine to `path` and end.
+    pub(crate) fn dump_device_tree(&self, path: &Path) -> Vec<OsString> {
+        let mut words = self.arguments();
+        let mut dump = OsString::from("dumpdtb=");
+        dump.push(path);
+        words.extend([
+            "-M".into(),
+            dump,
+            "-display".into(),
+            "none".into(),
+            "-nodefaults".into(),
+        ]);
+        words
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Machine, Timing};
+    use crate::board::Board;
+
+    fn line(change: impl Fn(&mut Machine)) -> String {
+        let mut machine = Machine::of(&Board::qemu_virt().expect("the board file is read"));
+        change(&mut machine);
+        let words = machine.arguments();
+        words
+            .iter()
+            .map(|word| word.to_string_lossy())
+            .collect::<Vec<_>>()
+            .join(" ")
+    }
+
+    #[test]
+    fn timing_chooses_how_cpus_run() {
+        assert!(
+            line(|machine| machine.timing = Timing::Insn).contains("-icount shift=0,sleep=off")
+        );
+        assert!(line(|machine| machine.timing = Timing::Wall).contains("thread=multi"));
+    }
+
+    #[test]
+    fn el2_can_be_taken_away() {
+        assert!(line(|_| ()).contains("virtualization=on"));
+        assert!(line(|machine| machine.virtualization = false).contains("virtualization=off"));
+    }
+
+    #[test]
+    fn timing_names_parse_back() {
+        for timing in [Timing::Insn, Timing::Wall] {
+            assert_eq!(timing.name().parse(), Ok(timing));
+        }
+        assert!("sundial".parse::<Timing>().is_err());
+    }
+}

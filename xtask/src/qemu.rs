@@ -1,0 +1,357 @@
+//! One run under QEMU: started, watched, and ended whatever happens.
+//!
+//! The watchdog owns the child: it is killed by its handle when the time is up, when it falls silent for too long, and
+//! when this program leaves the function for any other reason.
+
+use std::io::{BufRead as _, BufReader, Read};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdout, Command, Stdio};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, anyhow, bail};
+
+use crate::machine::Machine;
+use crate::process;
+use crate::uart::{self, Line, Transcript};
+
+/// The oldest version whose `virt` board has what Vellum uses.
+pub(crate) const OLDEST: Version = Version(10, 2);
+
+/// Major and minor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Version(pub(crate) u32, pub(crate) u32);
+
+impl Version {
+    /// From the first line of `--version`.
+    pub(crate) fn parse(line: &str) -> Option<(Self, String)> {
+        let text = line.split("version ").nth(1)?.split_whitespace().next()?;
+        let mut numbers = text.split('.').map(str::parse);
+        let version = Self(numbers.next()?.ok()?, numbers.next()?.ok()?);
+        Some((version, text.to_owned()))
+    }
+}
+
+impl std::fmt::Display for Version {
+    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(out, "{}.{}", self.0, self.1)
+    }
+}
+
+/// A `qemu-system-aarch64` that was asked for its version.
+#[derive(Clone, Debug)]
+pub(crate) struct Qemu {
+    program: PathBuf,
+    version: Version,
+    text: String,
+}
+
+/// What is run and for how long.
+#[derive(Debug)]
+pub(crate) struct Launch<'a> {
+    pub(crate) machine: &'a Machine,
+    pub(crate) image: &'a Path,
+    /// Boot arguments, `key=value` separated by spaces.
+    pub(crate) append: &'a str,
+    /// The run is killed after this time.
+    pub(crate) limit: Duration,
+    /// The run is killed when it says nothing for this time.
+    pub(crate) silence: Duration,
+    /// Wait for a debugger on port 1234 before the first instruction.
+    pub(crate) gdb: bool,
+}
+
+impl Qemu {
+    /// Asks `program` for its version.
+    pub(crate) fn probe(program: &Path) -> Result<Self> {
+        let said = process::output(Command::new(program).arg("--version"))?;
+        let (version, text) = said
+            .lines()
+            .next()
+            .and_then(Version::parse)
+            .ok_or_else(|| anyhow!("{} does not say which QEMU it is", program.display()))?;
+        Ok(Self {
+            program: program.to_path_buf(),
+            version,
+            text,
+        })
+    }
+
+    /// The version as QEMU writes it.
+    pub(crate) fn version(&self) -> &str {
+        &self.text
+    }
+
+    /// Whether it is new enough.
+    pub(crate) fn recent(&self) -> bool {
+        self.version >= OLDEST
+    }
+
+    /// The program.
+    pub(crate) fn program(&self) -> &Path {
+        &self.program
+    }
+
+    /// Boots the image and follows its console to the end; `hear` sees every line as it comes.
+    ///
+    /// An error means that the run did not end by itself; how it ended otherwise is in the transcript.
+    pub(crate) fn run(
+        &self,
+        launch: &Launch<'_>,
+        hear: &mut dyn FnMut(&Line),
+    ) -> Result<Transcript> {
+        let mut command = Command::new(&self.program);
+        command.args(launch.machine.arguments());
+        command.args([
+            "-nodefaults",
+            "-no-reboot",
+            "-display",
+            "none",
+            "-monitor",
+            "none",
+            "-serial",
+            "stdio",
+        ]);
+        command
+            .arg("-kernel")
+            .arg(launch.image)
+            .arg("-append")
+            .arg(launch.append);
+        if launch.gdb {
+            command.args(["-S", "-gdb", "tcp::1234"]);
+        }
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        let mut running = Running::start(&mut command)?;
+        let console = running.console()?;
+        let errors = running.errors()?;
+        let heard = follow(&console, launch, hear);
+        let ended = match heard {
+            Ok(_) => running.end(Duration::from_secs(5)),
+            Err(_) => running.kill(),
+        };
+        let complaint = errors.join().unwrap_or_default();
+        let transcript = heard?;
+        ended?;
+        if transcript.status.is_none() && transcript.text.is_empty() && !complaint.trim().is_empty()
+        {
+            bail!(
+                "QEMU: {}",
+                complaint.trim().lines().next().unwrap_or_default()
+            );
+        }
+        Ok(transcript)
+    }
+}
+
+/// Reads the console until it closes or a limit is reached.
+fn follow(
+    console: &Receiver<String>,
+    launch: &Launch<'_>,
+    hear: &mut dyn FnMut(&Line),
+) -> Result<Transcript> {
+    let end = Instant::now() + launch.limit;
+    let mut transcript = Transcript::default();
+    loop {
+        let left = end.saturating_duration_since(Instant::now());
+        match console.recv_timeout(left.min(launch.silence)) {
+            Ok(text) => {
+                let line = uart::parse(&text);
+                hear(&line);
+                transcript.add(line);
+            }
+            Err(RecvTimeoutError::Disconnected) => return Ok(transcript),
+            Err(RecvTimeoutError::Timeout) if left <= launch.silence => {
+                bail!(
+                    "no end after {} s; last: {}",
+                    launch.limit.as_secs(),
+                    transcript.last_words()
+                )
+            }
+            Err(RecvTimeoutError::Timeout) => {
+                bail!(
+                    "silent for {} s; last: {}",
+                    launch.silence.as_secs(),
+                    transcript.last_words()
+                )
+            }
+        }
+    }
+}
+
+/// A child that does not outlive its owner.
+struct Running(Child);
+
+impl Running {
+    fn start(command: &mut Command) -> Result<Self> {
+        let program = command.get_program().to_string_lossy().into_owned();
+        let child = command
+            .spawn()
+            .with_context(|| format!("cannot start {program}"))?;
+        Ok(Self(child))
+    }
+
+    /// Lines of standard output, read by a thread that ends with the pipe.
+    fn console(&mut self) -> Result<Receiver<String>> {
+        let pipe = self.0.stdout.take().context("QEMU has no console")?;
+        let (sender, receiver) = mpsc::channel();
+        thread::spawn(move || read_lines(pipe, &sender));
+        Ok(receiver)
+    }
+
+    /// Everything on standard error, once the pipe is closed.
+    fn errors(&mut self) -> Result<thread::JoinHandle<String>> {
+        let mut pipe = self.0.stderr.take().context("QEMU has no standard error")?;
+        Ok(thread::spawn(move || {
+            let mut bytes = Vec::new();
+            match pipe.read_to_end(&mut bytes) {
+                Ok(_) => String::from_utf8_lossy(&bytes).into_owned(),
+                Err(error) => error.to_string(),
+            }
+        }))
+    }
+
+    /// Waits for the end that a closed console announces.
+    fn end(&mut self, limit: Duration) -> Result<()> {
+        let end = Instant::now() + limit;
+        while self.0.try_wait()?.is_none() {
+            if Instant::now() >= end {
+                return self.kill();
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
+        Ok(())
+    }
+
+    fn kill(&mut self) -> Result<()> {
+        self.0.kill().context("cannot stop QEMU")?;
+        self.0.wait()?;
+        Ok(())
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // Both fail only for a child that has been waited for, which is what is wanted.
+        drop(self.0.kill());
+        drop(self.0.wait());
+    }
+}
+
+fn read_lines(pipe: ChildStdout, sender: &mpsc::Sender<String>) {
+    let mut reader = BufReader::new(pipe);
+    let mut bytes = Vec::new();
+    while reader
+        .read_until(b'\n', &mut bytes)
+        .is_ok_and(|count| count > 0)
+    {
+        let line = String::from_utf8_lossy(&bytes).trim_end().to_owned();
+        if sender.send(line).is_err() {
+            return;
+        }
+        bytes.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Launch, OLDEST, Qemu, Version};
+    use crate::board::Board;
+    use crate::machine::Machine;
+    use std::os::unix::fs::PermissionsExt as _;
+    use std::path::{Path, PathBuf};
+    use std::time::{Duration, Instant};
+
+    #[test]
+    fn versions_are_read_and_compared() {
+        let (version, text) = Version::parse("QEMU emulator version 11.1.3 (Debian 1:11.1.3+ds-1)")
+            .expect("a version");
+        assert_eq!((version, text.as_str()), (Version(11, 1), "11.1.3"));
+        assert!(
+            version > OLDEST
+                && Version(10, 2) == OLDEST
+                && Version(10, 0) < OLDEST
+                && Version(9, 9) < OLDEST
+        );
+        assert_eq!(Version::parse("something else"), None);
+    }
+
+    /// A program that answers like QEMU and then does `body`.
+    fn fake(name: &str, body: &str) -> PathBuf {
+        let path = std::env::temp_dir().join(format!("vellum-xtask-{}-{name}", std::process::id()));
+        let script = format!(
+            "#!/bin/sh\n[ \"$1\" = --version ] && {{ echo 'QEMU emulator version 11.1.0'; exit; }}\n{body}\n"
+        );
+        std::fs::write(&path, script).expect("a script");
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755))
+            .expect("an executable");
+        path
+    }
+
+    fn run(name: &str, body: &str) -> Result<Option<u8>, String> {
+        let program = fake(name, body);
+        let board = Board::qemu_virt().expect("the board file is read");
+        let machine = Machine::of(&board);
+        let launch = Launch {
+            machine: &machine,
+            image: Path::new("image"),
+            append: "",
+            limit: Duration::from_millis(800),
+            silence: Duration::from_millis(400),
+            gdb: false,
+        };
+        // Another test's fork may hold the script open for writing for a moment.
+        let answer = (0..100).find_map(|_| {
+            std::thread::sleep(Duration::from_millis(5));
+            Qemu::probe(&program).ok()
+        });
+        let qemu = answer.expect("it answers");
+        let result = qemu.run(&launch, &mut |_| ());
+        std::fs::remove_file(&program).expect("the script goes");
+        result
+            .map(|transcript| transcript.status)
+            .map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn a_run_that_ends_gives_its_status() {
+        assert_eq!(
+            run("ends", r#"echo '{"vellum":"exit","status":3}'"#),
+            Ok(Some(3))
+        );
+    }
+
+    #[test]
+    fn a_run_that_hangs_is_killed() {
+        let start = Instant::now();
+        let error = run("hangs", "echo booting; exec sleep 60").expect_err("the watchdog bites");
+        assert!(
+            error.contains("silent") && error.contains("booting"),
+            "{error}"
+        );
+        assert!(start.elapsed() < Duration::from_secs(20));
+    }
+
+    #[test]
+    fn a_run_that_talks_for_ever_is_killed() {
+        let error = run("talks", "while :; do echo again; sleep 0.05; done")
+            .expect_err("the watchdog bites");
+        assert!(error.contains("no end"), "{error}");
+    }
+
+    #[test]
+    fn what_qemu_complains_about_is_the_message() {
+        let error =
+            run("complains", "echo 'no such machine' >&2; exit 1").expect_err("it did not run");
+        assert_eq!(error, "QEMU: no such machine");
+    }
+
+    #[test]
+    fn a_program_that_is_not_there_is_one_line() {
+        let error = Qemu::probe(Path::new("/nowhere/qemu")).expect_err("there is none");
+        assert!(error.to_string().contains("/nowhere/qemu"));
+    }
+}
