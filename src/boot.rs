@@ -1,61 +1,150 @@
 //! From the first line of Rust to the first guest: a story, told once.
+//!
+//! The entry code (`arch/boot.S`) has checked the device tree and turned MMU and caches on, over a map of the image and
+//! the tree only. Each step hands its result to the next; nothing is changed after the step that made it.
+
+mod cpus;
+mod memory;
+
+use alloc::string::String;
+use core::fmt::Write;
+use core::ops::Range;
 
 use vellum::addr::{Pa, to_usize};
-use vellum::dev::machine::{self, Machine};
+use vellum::arch::features::{Features, cpu_name};
+use vellum::dev::gic::Gic;
+use vellum::dev::machine::{self, Machine, Uart};
 use vellum::dev::pl011::Pl011;
 use vellum::dev::psci;
 use vellum::dev::tree::{self, Tree};
+use vellum::mmu::vmid;
+use vellum::sync::percpu;
 use vellum::{arch, log as console, panic};
 
 #[unsafe(no_mangle)]
 extern "C" fn boot_cpu_main(tree: u64) -> ! {
-    let tree = read_tree(Pa::new(tree));
-    start_console(&tree);
-    let machine =
+    let (tree, at) = read_tree(Pa::new(tree));
+    let uart = start_console(&tree);
+    let mut machine =
         Machine::new(&tree).unwrap_or_else(|error| panic::refuse(format_args!("{error}")));
-    log::info!("{machine:?}");
+    cpus::boot_cpu_first(&mut machine);
+    let memory = memory::take_over(&machine, at, uart);
+    let shared = cpus::Shared {
+        gic: take_interrupt_controller(&machine),
+        interrupts: machine.interrupts,
+        idle_vttbr: idle_vttbr(),
+    };
+    let features = cpus::start(&machine, &memory, shared);
+    arch::set_lse(features.lse);
+    introduce(&machine, &memory, &features);
     panic::exit(0)
 }
 
 #[unsafe(no_mangle)]
-extern "C" fn other_cpu_main(_index: u64) -> ! {
+extern "C" fn other_cpu_main(found: u64) -> ! {
+    cpus::join(found);
     loop {
         arch::wfi();
     }
 }
 
+/// The entry code's last resort when it was started one exception level too low.
 #[unsafe(no_mangle)]
 extern "C" fn refuse_below_el2(tree: u64) -> ! {
-    let tree = read_tree(Pa::new(tree));
+    let (tree, _) = read_tree(Pa::new(tree));
     start_console(&tree);
     panic::refuse(format_args!(
         "started at EL1, but a hypervisor needs EL2 (QEMU: -machine virt,virtualization=on)"
     ))
 }
 
-fn read_tree(at: Pa) -> Tree<'static> {
+fn read_tree(at: Pa) -> (Tree<'static>, Range<Pa>) {
     let start = core::ptr::with_exposed_provenance::<u8>(to_usize(at.raw()));
     // SAFETY: the entry code checked and mapped what the header claims; nobody writes it.
     let header = unsafe { core::slice::from_raw_parts(start, 8) };
     let bytes = tree::total_bytes(header).unwrap_or(header.len());
     // SAFETY: as above.
-    let bytes = unsafe { core::slice::from_raw_parts(start, bytes) };
-    match Tree::new(bytes) {
-        Ok(tree) => tree,
-        Err(_) => psci::system_off(),
+    let tree = Tree::new(unsafe { core::slice::from_raw_parts(start, bytes) });
+    match (tree, at.checked_add(bytes as u64)) {
+        (Ok(tree), Some(end)) => (tree, at..end),
+        // Nothing says where a UART is, nor how to switch off.
+        _ => psci::system_off(),
     }
 }
 
-fn start_console(tree: &Tree<'_>) {
+fn start_console(tree: &Tree<'_>) -> Option<Uart> {
     if let Some(conduit) = machine::conduit(tree) {
         psci::set_conduit(conduit);
     }
-    let Some(uart) = machine::console(tree) else {
-        return;
-    };
+    let uart = machine::console(tree)?;
     // SAFETY: the tree says that a UART is there, and devices of a machine do not share 2 MiB with its RAM.
-    if unsafe { arch::boot::map_early_device(uart.base) } {
-        // SAFETY: it is mapped now, by both maps to come, and this is its only driver.
-        console::start(unsafe { Pl011::new(uart.base, uart.full) });
+    unsafe { arch::boot::map_early_device(uart.base) }.then_some(())?;
+    // SAFETY: it is mapped now, and by the final map, and this is its only driver.
+    console::start(unsafe { Pl011::new(uart.base, uart.full) });
+    Some(uart)
+}
+
+fn take_interrupt_controller(machine: &Machine) -> Gic {
+    let affinities: alloc::vec::Vec<_> = machine.cpus.iter().map(|it| it.mpidr).collect();
+    // SAFETY: the tree says where it is, the final map holds it, and this is its only driver.
+    unsafe { Gic::new(&machine.gic, &affinities) }
+        .unwrap_or_else(|error| panic::refuse(format_args!("{error}")))
+}
+
+/// VTTBR_EL2 for CPUs without a guest: one empty table.
+fn idle_vttbr() -> u64 {
+    match memory::zeroed_page() {
+        Some(root) => vmid::RESERVED.vttbr(root),
+        None => panic::refuse(format_args!(
+            "too little RAM: no page is left for an empty table"
+        )),
     }
+}
+
+/// Says what was found, to people and to programs.
+fn introduce(machine: &Machine, memory: &memory::Memory, features: &Features) {
+    let id = arch::id_registers();
+    let mut cpu = String::new();
+    let named = match cpu_name(id.midr) {
+        Some(name) => cpu.write_str(name),
+        None => write!(cpu, "midr-{:#x}", id.midr),
+    };
+    let mut names = String::new();
+    let listed = features
+        .names()
+        .try_for_each(|it| write!(names, "{}\"{it}\"", if names.is_empty() { "" } else { "," }));
+    debug_assert!(named.is_ok() && listed.is_ok(), "strings grow");
+    let cpus = percpu::all().len();
+    let gic = if matches!(machine.gic, machine::Gic::V2 { .. }) {
+        2
+    } else {
+        3
+    };
+    let mib = memory.bytes >> 20;
+    log::info!(
+        "Vellum {} on {}: {cpus} of {} CPUs ({cpu}), {mib} MiB, GICv{gic}",
+        env!("CARGO_PKG_VERSION"),
+        machine.board,
+        machine.cpus.len()
+    );
+    log::info!("mitigations: {}", mitigations(features));
+    console::line(format_args!(
+        r#"{{"vellum":"machine","board":"{}","cpu":"{cpu}","cpus":{cpus},"memory_mib":{mib},"gic":{gic},"features":[{names}]}}"#,
+        machine.board
+    ));
+}
+
+/// What is known about speculation attacks on this machine, and what is done: so far, nothing at exits.
+fn mitigations(features: &Features) -> String {
+    const WORKAROUND_1: u32 = 0x8000_8000;
+    const WORKAROUND_3: u32 = 0x8000_3fff;
+    let [branch_target, branch_history] = [WORKAROUND_1, WORKAROUND_3].map(psci::mitigation);
+    let mut text = String::new();
+    let written = write!(
+        text,
+        "CPU reports csv2={} csv3={} ssbs={}; firmware offers branch-target={branch_target} branch-history={branch_history}; used at exits: none",
+        features.csv2, features.csv3, features.ssbs
+    );
+    debug_assert!(written.is_ok(), "strings grow");
+    text
 }

@@ -20,4 +20,3 @@ pub mod mmu;
 pub mod panic;
 pub mod sync;
 pub mod trace;
-pub mod vm;

@@ -243,7 +243,14 @@ enter_el2:
     isb
     mrs     x9, hcr_el2
     tbnz    x9, #34, park               // E2H cannot be cleared; Rust cannot say so, its registers would be others'
-    address x9, vectors
+    mrs     x9, s3_0_c0_c7_3            // ID_AA64MMFR3_EL1
+    tst     x9, #0xf                    // TCRX
+    b.eq    1f
+    msr     s3_4_c2_c0_3, xzr           // TCR2_EL2
+1:  tst     x9, #0xf0                   // SCTLRX
+    b.eq    2f
+    msr     s3_4_c1_c0_3, xzr           // SCTLR2_EL2
+2:  address x9, vectors
     msr     vbar_el2, x9
     isb
     ret
@@ -302,7 +309,6 @@ boot_emergency_stack_guard:
     .skip   4096
     .skip   {EMERGENCY_STACK}
 boot_emergency_stack_top:
-.global boot_cpu_block
 boot_cpu_block:
     .skip   4096
 early_tables_used:

@@ -31,6 +31,8 @@ pub const BLOCK_IMAGE_EL1: u64 = VALID | INNER_SHAREABLE | ACCESSED;
 /// A 2 MiB block of the device tree.
 pub const BLOCK_TREE: u64 =
     VALID | EL2_RES1 | READ_ONLY | INNER_SHAREABLE | ACCESSED | NEVER_EXECUTE;
+/// A 2 MiB block of RAM.
+pub const BLOCK_RAM: u64 = VALID | EL2_RES1 | INNER_SHAREABLE | ACCESSED | NEVER_EXECUTE;
 /// A 2 MiB block of device registers.
 pub const BLOCK_DEVICE: u64 = VALID | EL2_RES1 | DEVICE | ACCESSED | NEVER_EXECUTE;
 

@@ -19,6 +19,21 @@ pub enum Conduit {
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Refusal(pub i32);
 
+impl Refusal {
+    /// The answer in words.
+    pub const fn text(self) -> &'static str {
+        match self.0 {
+            -1 => "firmware does not start CPUs",
+            -2 => "firmware does not know it",
+            -3 => "firmware denies it",
+            -4 => "it is on already",
+            -5 => "it is being started by somebody else",
+            -9 => "firmware rejects the entry point",
+            _ => "firmware failed to start it",
+        }
+    }
+}
+
 const VERSION: u32 = 0x8400_0000;
 const SYSTEM_OFF: u32 = 0x8400_0008;
 const SYSTEM_RESET: u32 = 0x8400_0009;
@@ -63,6 +78,17 @@ pub fn version() -> Result<(u64, u64), Refusal> {
     // SAFETY: asking for the version changes nothing.
     let version = unsafe { call(VERSION, [0; 3]) }?;
     Ok((version >> 16, version & 0xffff))
+}
+
+/// Whether SMCCC offers the architectural call `function` (a mitigation) and says that this CPU needs it.
+pub fn mitigation(function: u32) -> bool {
+    const PSCI_FEATURES: u32 = 0x8400_000a;
+    const SMCCC_VERSION: u32 = 0x8000_0000;
+    const SMCCC_ARCH_FEATURES: u32 = 0x8000_0001;
+    // SAFETY: questions change nothing.
+    let known = unsafe { call(PSCI_FEATURES, [SMCCC_VERSION.into(), 0, 0]) };
+    // SAFETY: questions change nothing.
+    known.is_ok() && unsafe { call(SMCCC_ARCH_FEATURES, [function.into(), 0, 0]) } == Ok(0)
 }
 
 /// Starts the CPU with affinity `mpidr` at `entry` with `argument` in x0.

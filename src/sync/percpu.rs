@@ -3,8 +3,11 @@
 //! A [`CpuBlock`] is never freed and never moves. Its head is read by the vectors; the rest is plain Rust. Who may
 //! touch what: every field is written by its own CPU only, unless its comment says otherwise.
 
+use alloc::vec::Vec;
 use core::mem::offset_of;
 use core::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, Ordering};
+
+use spin::Once;
 
 use crate::arch;
 use crate::trace::ring::Ring;
@@ -47,6 +50,23 @@ pub fn this() -> &'static CpuBlock {
     // SAFETY: TPIDR_EL2 holds the address of a block that was initialized before Rust ran on this CPU and is never
     // freed (boot's duty; the fake's blocks are leaked zeroed memory); all fields are atomics.
     unsafe { &*block }
+}
+
+static BLOCKS: Once<Vec<&'static CpuBlock>> = Once::new();
+
+/// Numbers the CPUs: `blocks[n]` belongs to CPU n. Called once, by boot, when it is known which CPUs came up.
+pub fn publish(blocks: Vec<&'static CpuBlock>) {
+    BLOCKS.call_once(|| {
+        for (index, block) in (0..).zip(&blocks) {
+            block.index.store(index, Ordering::Relaxed);
+        }
+        blocks
+    });
+}
+
+/// The blocks of all CPUs, by number; none before [`publish`].
+pub fn all() -> &'static [&'static CpuBlock] {
+    BLOCKS.get().map_or(&[], |it| it.as_slice())
 }
 
 /// Counts one `event` on this CPU.

@@ -87,3 +87,22 @@ pub unsafe fn smc(_function: u32, _arguments: [u64; 3]) -> u64 {
 pub unsafe fn hvc(_function: u32, _arguments: [u64; 3]) -> u64 {
     u64::MAX
 }
+
+/// Opens this CPU's interrupt interface; the host has none.
+pub fn icc_init() -> bool {
+    true
+}
+
+/// ICC_IAR1_EL1: nothing is ever pending.
+pub fn icc_iar1() -> Option<u32> {
+    None
+}
+
+/// ICC_EOIR1_EL1.
+pub fn icc_eoir1(_intid: u32) {}
+
+/// ICC_DIR_EL1.
+pub fn icc_dir(_intid: u32) {}
+
+/// ICC_SGI1R_EL1.
+pub fn icc_sgi1r(_value: u64) {}

@@ -95,6 +95,10 @@ global_asm!(
     BOOT_STACK = const BOOT_STACK_BYTES,
     EMERGENCY_STACK = const EMERGENCY_STACK_BYTES,
 );
+global_asm!(
+    include_str!("../vectors.S"),
+    EMERGENCY_STACK_TOP = const EMERGENCY_STACK_TOP_OFFSET,
+);
 
 const _: () =
     assert!(core::mem::offset_of!(Launch, block) == core::mem::offset_of!(Launch, stack_top) + 8);
@@ -167,6 +171,16 @@ pub fn other_cpu_entry_point() -> Pa {
 pub unsafe fn map_early_device(device: Pa) -> bool {
     // SAFETY: the early tables are the boot CPU's alone; a new mapping of a device makes no reference invalid.
     unsafe { map_early_block(device.raw(), stage1::BLOCK_DEVICE) == 0 }
+}
+
+/// Maps the 2 MiB of RAM at `block` before the final map exists. False: no table is left.
+///
+/// # Safety
+///
+/// The block is RAM that nobody has, and only the boot CPU runs, on the early map.
+pub unsafe fn map_early_ram(block: Pa) -> bool {
+    // SAFETY: as in `map_early_device`.
+    unsafe { map_early_block(block.raw(), stage1::BLOCK_RAM) == 0 }
 }
 
 /// Replaces this CPU's early map by the final one.

@@ -7,6 +7,8 @@ mod atomics;
 mod barriers;
 pub mod boot;
 mod cache;
+mod control;
+mod gic;
 mod registers;
 mod tlbi;
 mod vttbr;
@@ -15,6 +17,8 @@ pub use atomics::{cas, fetch_clear, fetch_or, set_lse, swap, use_lse};
 pub use barriers::{dsb_ish, dsb_ishst, dsb_nsh, dsb_nshst, isb, sev, wfi, yield_now};
 pub use boot::image_base;
 pub use cache::{dc_civac_range, set_coherent_guests, zero_page};
+pub use control::{affinity, hcr, id_registers, write_control_registers};
+pub use gic::{icc_dir, icc_eoir1, icc_iar1, icc_init, icc_sgi1r};
 pub use registers::{
     Syndrome, at_s1e1r, counter, counter_hz, hvc, percpu_pointer, set_percpu_pointer, smc, syndrome,
 };

@@ -21,6 +21,18 @@ macro_rules! mrs {
 }
 pub(super) use mrs;
 
+/// Writes a register that `aarch64-cpu` lacks.
+///
+/// # Safety
+///
+/// The value is valid for the register, and EL2 can live with its effect.
+macro_rules! msr {
+    ($name:literal, $value:expr) => {
+        core::arch::asm!(concat!("msr ", $name, ", {}"), in(reg) $value, options(nostack, preserves_flags))
+    };
+}
+pub(super) use msr;
+
 /// TPIDR_EL2: the address of this CPU's [`crate::sync::percpu::CpuBlock`]. Never zero once Rust runs on the CPU.
 #[inline]
 pub fn percpu_pointer() -> usize {

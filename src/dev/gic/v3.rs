@@ -1,0 +1,224 @@
+//! GICv3 and later (Arm IHI 0069H): distributor and redistributors by `arm-gic`, the CPU interface by [`crate::arch`].
+//!
+//! The bits that `arm-gic` calls ARE_S and EnableGrp1NS are, where a distributor has one security state or is seen from
+//! the non-secure one of two, those of the only affinity routing and the only group 1 there are; both exist at the
+//! same place in all views. Writes to groups are ignored where they are not ours to choose.
+
+use alloc::vec::Vec;
+use core::ops::Range;
+use core::ptr::NonNull;
+
+use arm_gic::UniqueMmioPointer;
+use arm_gic::gicv3::registers::{Gicd, GicdCtlr, GicrSgi};
+use arm_gic::gicv3::{GicDistributor, GicRedistributor};
+use spin::Once;
+
+use super::{ALL_SGIS, Error, bits};
+use crate::addr::{Pa, to_usize};
+use crate::arch;
+use crate::dev::mmio::Registers;
+
+/// Bytes of a redistributor's frames, and of one with virtual LPIs.
+const FRAMES: u64 = 0x2_0000;
+const FRAMES_WITH_VLPIS: u64 = 0x4_0000;
+
+/// Registers of the SGI frame, from the start of the redistributor.
+const GICR_ISENABLER0: usize = 0x1_0100;
+const GICR_ICENABLER0: usize = 0x1_0180;
+const GICR_ICPENDR0: usize = 0x1_0280;
+const GICR_ISACTIVER0: usize = 0x1_0300;
+const GICR_ICACTIVER0: usize = 0x1_0380;
+
+#[derive(Clone, Copy, Debug)]
+struct Cpu {
+    affinity: u64,
+    redistributor: Registers,
+}
+
+/// A GICv3.
+#[derive(Debug)]
+pub struct Gic {
+    /// The CPUs that were found.
+    found: Vec<Cpu>,
+    /// Those that came up, by number.
+    cpus: Once<Vec<Cpu>>,
+}
+
+impl Gic {
+    /// Takes the controller over: finds each CPU's redistributor and sets the distributor up.
+    ///
+    /// # Safety
+    ///
+    /// As for [`super::Gic::new`].
+    ///
+    /// # Errors
+    ///
+    /// See [`Error`].
+    pub unsafe fn new(distributor: Pa, regions: &[Range<Pa>], cpus: &[u64]) -> Result<Self, Error> {
+        let gicd = NonNull::new(core::ptr::with_exposed_provenance_mut::<Gicd>(to_usize(
+            distributor.raw(),
+        )));
+        // SAFETY: the caller vouches for the device and its exclusivity.
+        let gicd = unsafe { UniqueMmioPointer::new(gicd.ok_or(Error::NotThere)?) };
+        let mut gicd = GicDistributor::new(gicd);
+        if gicd.pidr2().arch_rev() < 3 {
+            return Err(Error::NotThere);
+        }
+        let mut frames = Vec::new();
+        for region in regions {
+            // SAFETY: the caller vouches for the regions.
+            unsafe { walk_region(region, &mut frames) };
+        }
+        let frame_of = |affinity| frames.iter().find(|it| it.affinity == affinity).copied();
+        let found = cpus
+            .iter()
+            .map(|&affinity| frame_of(affinity).ok_or(Error::NoRedistributor(affinity)))
+            .collect::<Result<_, _>>()?;
+        gicd.modify_control(GicdCtlr::EnableGrp0 | GicdCtlr::EnableGrp1NS, false);
+        gicd.enable_all_interrupts(false);
+        gicd.configure_default_settings();
+        Ok(Self {
+            found,
+            cpus: Once::new(),
+        })
+    }
+
+    pub(super) fn init_cpu(&self, found: usize, enabled: &[u32]) -> Result<(), Error> {
+        let this = self.found.get(found).ok_or(Error::NotThere)?;
+        let frames = core::ptr::with_exposed_provenance_mut::<GicrSgi>(to_usize(
+            this.redistributor.base().raw(),
+        ));
+        let frames = NonNull::new(frames).ok_or(Error::NotThere)?;
+        // SAFETY: each CPU makes one of its own redistributor, here, once.
+        let mut redistributor = GicRedistributor::new(unsafe { UniqueMmioPointer::new(frames) });
+        redistributor.power_on();
+        // An error says that it is awake already, which is as good.
+        drop(redistributor.mark_core_awake());
+        redistributor.configure_default_settings();
+        this.redistributor.write(GICR_ICPENDR0, !0);
+        this.redistributor.write(GICR_ICACTIVER0, !0);
+        this.redistributor
+            .write(GICR_ISENABLER0, ALL_SGIS | bits(enabled));
+        let beyond_15 = arch::icc_init();
+        match this.affinity & 0xff {
+            16.. if !beyond_15 => Err(Error::Unreachable(this.affinity)),
+            _ => Ok(()),
+        }
+    }
+
+    pub(super) fn number_cpus(&self, found: &[usize]) {
+        self.cpus.call_once(|| {
+            found
+                .iter()
+                .filter_map(|&it| self.found.get(it).copied())
+                .collect()
+        });
+    }
+
+    fn cpu(&self, cpu: usize) -> Option<&Cpu> {
+        self.cpus.get()?.get(cpu)
+    }
+
+    #[inline]
+    pub(super) fn send_sgi(&self, cpu: usize, sgi: u32) {
+        if let Some(cpu) = self.cpu(cpu) {
+            arch::icc_sgi1r(sgi_value(cpu.affinity, sgi));
+        }
+    }
+
+    pub(super) fn is_active(&self, cpu: usize, intid: u32) -> bool {
+        self.cpu(cpu)
+            .is_some_and(|it| it.redistributor.read(GICR_ISACTIVER0) & bits(&[intid]) != 0)
+    }
+
+    pub(super) fn set_active(&self, cpu: usize, intid: u32, active: bool) {
+        self.write(
+            cpu,
+            if active {
+                GICR_ISACTIVER0
+            } else {
+                GICR_ICACTIVER0
+            },
+            intid,
+        );
+    }
+
+    pub(super) fn set_enabled(&self, cpu: usize, intid: u32, enabled: bool) {
+        self.write(
+            cpu,
+            if enabled {
+                GICR_ISENABLER0
+            } else {
+                GICR_ICENABLER0
+            },
+            intid,
+        );
+    }
+
+    fn write(&self, cpu: usize, register: usize, intid: u32) {
+        if let Some(cpu) = self.cpu(cpu) {
+            cpu.redistributor.write(register, bits(&[intid]));
+        }
+    }
+}
+
+/// ICC_SGI1R_EL1 for one CPU: Aff3 63:48 (of which 8 are used), range selector 47:44, Aff2 39:32, INTID 27:24, Aff1
+/// 23:16, one of sixteen CPUs 15:0.
+const fn sgi_value(affinity: u64, sgi: u32) -> u64 {
+    let [aff0, aff1, aff2, _, aff3, ..] = affinity.to_le_bytes();
+    (aff3 as u64) << 48
+        | ((aff0 >> 4) as u64) << 44
+        | (aff2 as u64) << 32
+        | (sgi as u64 & 0xf) << 24
+        | (aff1 as u64) << 16
+        | 1 << (aff0 & 0xf)
+}
+
+/// Lists the redistributors of one region, which ends at its Last or where it ends.
+///
+/// # Safety
+///
+/// Redistributors are mapped there.
+unsafe fn walk_region(region: &Range<Pa>, found: &mut Vec<Cpu>) {
+    let mut at = region.start;
+    while let Some(end) = at.checked_add(FRAMES)
+        && end <= region.end
+        && let Some(frames) = NonNull::new(core::ptr::with_exposed_provenance_mut::<GicrSgi>(
+            to_usize(at.raw()),
+        ))
+    {
+        // SAFETY: the caller vouches for the region; no other pointer to it is in use during boot.
+        let typer = GicRedistributor::new(unsafe { UniqueMmioPointer::new(frames) }).typer();
+        // SAFETY: as above, and this driver names registers only.
+        let redistributor = unsafe { Registers::new(at) };
+        found.push(Cpu {
+            affinity: typer.core_mpidr(),
+            redistributor,
+        });
+        let stride = if typer.virtual_lpis_supported() {
+            FRAMES_WITH_VLPIS
+        } else {
+            FRAMES
+        };
+        match at.checked_add(stride) {
+            Some(next) if !typer.last_redistributor() => at = next,
+            _ => break,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::sgi_value;
+
+    #[test]
+    fn an_sgi_names_its_cpu_by_affinity() {
+        assert_eq!(sgi_value(0x0, 0), 1);
+        assert_eq!(sgi_value(0x10f, 3), 1 << 16 | 3 << 24 | 1 << 15);
+        assert_eq!(
+            sgi_value(0x1_0027_0100, 1),
+            1 << 48 | 0x27 << 32 | 1 << 24 | 1 << 16 | 1
+        );
+        assert_eq!(sgi_value(0x1f, 0), 1 << 44 | 1 << 15);
+    }
+}
