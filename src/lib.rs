@@ -20,3 +20,4 @@ pub mod mmu;
 pub mod panic;
 pub mod sync;
 pub mod trace;
+pub mod vm;

@@ -59,7 +59,7 @@ pub fn epitaph(info: &PanicInfo<'_>) -> ! {
 #[derive(Debug)]
 #[repr(C)]
 pub struct Registers {
-    /// x0 to x30; x30 is lost when the vectors needed it.
+    /// x0 to x30.
     pub x: [u64; 31],
     /// The stack pointer of the interrupted code.
     pub sp: u64,

@@ -5,15 +5,21 @@
 //! unchanged. No other module contains `asm!` or names a system register.
 
 pub mod atomic;
+#[macro_use]
+pub mod context;
 pub mod features;
 pub mod stage1;
 
 #[cfg(target_os = "none")]
 mod hw;
 #[cfg(target_os = "none")]
-pub use hw::*;
+mod ich;
+#[cfg(target_os = "none")]
+mod world;
+#[cfg(target_os = "none")]
+pub use {hw::*, ich::*, world::*};
 
 #[cfg(not(target_os = "none"))]
 pub mod fake;
 #[cfg(not(target_os = "none"))]
-pub use fake::{host::*, instructions::*};
+pub use fake::{host::*, instructions::*, world::*};

@@ -1,20 +1,104 @@
-// The EL2 vectors: every exception is fatal.
+// The EL2 vectors, entry into a guest and the way back.
 //
-// The first push goes to this CPU's emergency stack, because the current one may be what failed.
+// While a guest runs, SP_EL2 is the address of its frame (arch::context::Frame), so the first store needs no scratch
+// register; the stack of the code that entered the guest is found in the frame. Three paths, from short to long:
+//
+//   null hypercall      two registers, no Rust
+//   stage-2 abort       x0-x18 and x30 are saved, guest_abort() decides; x19-x29 stay where they are, because Rust
+//                       preserves them; ELR, SPSR, ESR, FAR and HPFAR stay in their registers
+//   everything else     x0-x30, ELR, SPSR, ESR, FAR and HPFAR are saved and guest_enter() returns to its caller
+//
+// No path switches a system register. D, A, I and F are masked from the vector to ERET. ESB defers a pending SError
+// of the guest to DISR_EL1 where there is FEAT_RAS, and is a NOP elsewhere.
 
-.macro fatal_vector number
+// --------------------------------------------------------------------------------------------------------------------
+// Exceptions from EL2 itself are fatal. The stack may be what failed, so nothing is pushed before the CPU's emergency
+// stack is in use. CNTHP_CVAL_EL2 lends its storage: the machine is dying and its timer with it; no guest register is
+// touched.
+
+.macro from_el2 number
 .balign 128
-    mrs     x30, tpidr_el2              // the interrupted x30 is lost; ELR_EL2 tells where it was
-    b       fatal_\number
+    msr     cnthp_cval_el2, x0
+    mrs     x0, tpidr_el2
+    ldr     x0, [x0, #{EMERGENCY_STACK_TOP}]
+    sub     x0, x0, #{FATAL_BYTES}
+    stp     x1, x2, [x0, #8]
+    mov     x1, sp
+    str     x1, [x0, #248]
+    mov     sp, x0
+    mrs     x2, cnthp_cval_el2
+    str     x2, [x0]
+    mov     x1, #\number
+    b       fatal
 .endm
 
-.macro fatal_body number
-fatal_\number:
-    ldr     x30, [x30, #{EMERGENCY_STACK_TOP}]
-    str     x29, [x30, #-16]!
-    mov     x29, sp
-    sub     sp, x30, #256
-    stp     x0, x1, [sp, #0]
+// --------------------------------------------------------------------------------------------------------------------
+// Exceptions from a guest.
+
+.macro from_guest exit
+.balign 128
+    hint    #16                         // ESB
+    stp     x0, x1, [sp]
+    mov     x0, #\exit
+    b       save_and_leave
+.endm
+
+.section .text.vectors, "ax"
+.balign 2048
+.global vectors
+vectors:
+    from_el2 0
+    from_el2 1
+    from_el2 2
+    from_el2 3
+    from_el2 4
+    from_el2 5
+    from_el2 6
+    from_el2 7
+
+.balign 128
+    hint    #16                         // ESB
+    stp     x0, x1, [sp]
+    mrs     x0, esr_el2
+    lsr     x1, x0, #{ESR_EC_SHIFT}
+    cmp     x1, #{EC_HVC}
+    b.eq    hypercall
+    and     x1, x1, #~({EC_DATA_ABORT} ^ {EC_INSTRUCTION_ABORT})
+    cmp     x1, #{EC_INSTRUCTION_ABORT}
+    b.eq    abort
+    mov     x0, #{EXIT_SYNC}
+    b       save_and_leave
+
+    from_guest {EXIT_INTERRUPT}         // IRQ
+    from_guest {EXIT_INTERRUPT}         // FIQ
+    from_guest {EXIT_SERROR}
+    from_guest {EXIT_AARCH32}
+    from_guest {EXIT_AARCH32}
+    from_guest {EXIT_AARCH32}
+    from_guest {EXIT_AARCH32}
+.balign 128
+
+// x0 = ESR_EL2; x0 and x1 are in the frame.
+hypercall:
+    tst     x0, #0xffff                 // HVC #0 only
+    b.ne    1f
+    ldr     w1, [sp]
+    mov     w0, #{NULL_CALL_HIGH} << 16
+    cmp     w1, w0
+    b.ne    1f
+    mrs     x1, tpidr_el2
+    ldr     x0, [x1, #{EXITS}]
+    add     x0, x0, #1
+    str     x0, [x1, #{EXITS}]
+    ldr     x1, [sp, #8]
+    mov     x0, xzr                     // SMCCC SUCCESS
+    eret
+    dsb     nsh                         // no speculation past ERET
+    isb
+1:  mov     x0, #{EXIT_SYNC}
+    b       save_and_leave
+
+.macro save_caller_saved
     stp     x2, x3, [sp, #16]
     stp     x4, x5, [sp, #32]
     stp     x6, x7, [sp, #48]
@@ -23,28 +107,110 @@ fatal_\number:
     stp     x12, x13, [sp, #96]
     stp     x14, x15, [sp, #112]
     stp     x16, x17, [sp, #128]
-    stp     x18, x19, [sp, #144]
-    stp     x20, x21, [sp, #160]
-    stp     x22, x23, [sp, #176]
-    stp     x24, x25, [sp, #192]
-    stp     x26, x27, [sp, #208]
-    ldr     x0, [x30]
-    stp     x28, x0, [sp, #224]
-    stp     xzr, x29, [sp, #240]        // x30 is lost, the interrupted stack pointer
-    mov     x0, sp
-    mov     x1, #\number
-    mov     x29, xzr
-    bl      fatal_exception
-    b       .
+    str     x18, [sp, #144]
+    str     x30, [sp, #240]
 .endm
 
-.section .text.vectors, "ax"
-.balign 2048
-.global vectors
-vectors:
-.irp number, 0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15
-    fatal_vector \number
-.endr
-.irp number, 0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15
-    fatal_body \number
-.endr
+// x0 = ESR_EL2; x0 and x1 are in the frame.
+abort:
+    save_caller_saved
+    mov     x1, x0
+    mov     x0, sp
+    ldr     x9, [sp, #{HOST_STACK}]
+    mov     sp, x9
+    bl      guest_abort
+    ldr     x9, [sp, #{CALLEE_SAVED_BYTES}]
+    mov     sp, x9
+    cbnz    x0, leave
+
+// sp = frame; everything but x0-x18 and x30 is the guest's already.
+resume:
+    ldp     x2, x3, [sp, #16]
+    ldp     x4, x5, [sp, #32]
+    ldp     x6, x7, [sp, #48]
+    ldp     x8, x9, [sp, #64]
+    ldp     x10, x11, [sp, #80]
+    ldp     x12, x13, [sp, #96]
+    ldp     x14, x15, [sp, #112]
+    ldp     x16, x17, [sp, #128]
+    ldr     x18, [sp, #144]
+    ldr     x30, [sp, #240]
+    ldp     x0, x1, [sp]
+    eret
+    dsb     nsh                         // no speculation past ERET
+    isb
+
+// x0 = exit number; x0 and x1 are in the frame.
+save_and_leave:
+    save_caller_saved
+leave:
+    stp     x19, x20, [sp, #152]
+    stp     x21, x22, [sp, #168]
+    stp     x23, x24, [sp, #184]
+    stp     x25, x26, [sp, #200]
+    stp     x27, x28, [sp, #216]
+    str     x29, [sp, #232]
+    mrs     x1, elr_el2
+    mrs     x2, spsr_el2
+    stp     x1, x2, [sp, #{PC}]
+    mrs     x1, esr_el2
+    mrs     x2, far_el2
+    mrs     x3, hpfar_el2
+    stp     x1, x2, [sp, #{ESR}]
+    str     x3, [sp, #{ESR} + 16]
+    ldr     x9, [sp, #{HOST_STACK}]
+    mov     sp, x9
+    ldp     x19, x20, [sp, #0]
+    ldp     x21, x22, [sp, #16]
+    ldp     x23, x24, [sp, #32]
+    ldp     x25, x26, [sp, #48]
+    ldp     x27, x28, [sp, #64]
+    ldp     x29, x30, [sp, #80]
+    add     sp, sp, #{CALLEE_SAVED_BYTES} + 16
+    ret
+
+// x0 = frame. Runs the guest; returns the exit number in x0.
+.global guest_enter
+guest_enter:
+    sub     sp, sp, #{CALLEE_SAVED_BYTES} + 16
+    stp     x19, x20, [sp, #0]
+    stp     x21, x22, [sp, #16]
+    stp     x23, x24, [sp, #32]
+    stp     x25, x26, [sp, #48]
+    stp     x27, x28, [sp, #64]
+    stp     x29, x30, [sp, #80]
+    str     x0, [sp, #{CALLEE_SAVED_BYTES}]
+    mov     x9, sp
+    str     x9, [x0, #{HOST_STACK}]
+    mov     sp, x0
+    ldp     x1, x2, [sp, #{PC}]
+    msr     elr_el2, x1
+    msr     spsr_el2, x2
+    ldp     x19, x20, [sp, #152]
+    ldp     x21, x22, [sp, #168]
+    ldp     x23, x24, [sp, #184]
+    ldp     x25, x26, [sp, #200]
+    ldp     x27, x28, [sp, #216]
+    ldr     x29, [sp, #232]
+    b       resume
+
+// x0 = sp = frame of the dead, x1 = vector; x0-x2 and the old stack pointer are in it.
+fatal:
+    stp     x3, x4, [sp, #24]
+    stp     x5, x6, [sp, #40]
+    stp     x7, x8, [sp, #56]
+    stp     x9, x10, [sp, #72]
+    stp     x11, x12, [sp, #88]
+    stp     x13, x14, [sp, #104]
+    stp     x15, x16, [sp, #120]
+    stp     x17, x18, [sp, #136]
+    stp     x19, x20, [sp, #152]
+    stp     x21, x22, [sp, #168]
+    stp     x23, x24, [sp, #184]
+    stp     x25, x26, [sp, #200]
+    stp     x27, x28, [sp, #216]
+    stp     x29, x30, [sp, #232]
+    mov     x29, xzr
+    bl      fatal_exception
+1:  wfi
+    b       1b

@@ -135,9 +135,9 @@ pub(crate) fn main(args: &Args) -> Result<ExitCode> {
         )?;
         let plot = paths::target(&format!("bench/{}.svg", suite.name()));
         let data = paths::target(&format!("bench/{}.json", suite.name()));
-        rows::write_atomically(&plot, &plot::svg(&suite.charts(&rows))?)?;
+        paths::write(&plot, &plot::svg(&suite.charts(&rows))?)?;
         if args.json.is_none() {
-            rows::write_atomically(&data, &rows::json(&rows)?)?;
+            paths::write(&data, &rows::json(&rows)?)?;
         }
         if !quiet {
             print!("{}", suite.report(&rows));
@@ -147,7 +147,7 @@ pub(crate) fn main(args: &Args) -> Result<ExitCode> {
     }
     match args.json.as_deref() {
         Some("-") => print!("{}", rows::json(&all)?),
-        Some(file) => rows::write_atomically(file.as_ref(), &rows::json(&all)?)?,
+        Some(file) => paths::write(file.as_ref(), &rows::json(&all)?)?,
         None => {}
     }
     Ok(ExitCode::SUCCESS)

@@ -184,18 +184,12 @@ fn only_relative(file: &[u8]) -> Result<()> {
     Ok(())
 }
 
-/// Writes `target/image/<name>`, whole or not at all.
+/// Writes `target/image/<name>`. The same bytes keep their time stamp, so that what includes them is not built again.
 fn write(bytes: &[u8], name: &str) -> Result<PathBuf> {
-    let folder = paths::target("image");
-    fs::create_dir_all(&folder)?;
-    let path = folder.join(name);
-    if fs::read(&path).is_ok_and(|old| old == bytes) {
-        // The same bytes keep their time stamp, so that what includes them is not built again.
-        return Ok(path);
+    let path = paths::target("image").join(name);
+    if !fs::read(&path).is_ok_and(|old| old == bytes) {
+        paths::write(&path, bytes)?;
     }
-    let partial = folder.join(format!("{name}.partial-{}", std::process::id()));
-    fs::write(&partial, bytes)?;
-    fs::rename(&partial, &path).with_context(|| path.display().to_string())?;
     Ok(path)
 }
 

@@ -103,7 +103,7 @@ impl Transcript {
 
     /// The first line of a panic if there was one, else the last line.
     pub(crate) fn last_words(&self) -> &str {
-        let panic = self.text.iter().find(|line| line.contains("panic"));
+        let panic = self.text.iter().find(|line| line.starts_with("PANIC"));
         let last = || self.text.iter().rev().find(|line| !line.is_empty());
         panic
             .or_else(last)
@@ -166,7 +166,7 @@ mod tests {
 
     #[test]
     fn a_run_without_a_status_failed_with_its_last_words() {
-        let run = transcript("booting\npanic at src/boot.rs:1: no RAM\nregisters\n");
+        let run = transcript("booting\nPANIC on cpu0 at src/boot.rs:1: no RAM\nregisters\n");
         assert!(run.fault().is_some_and(|fault| fault.contains("no RAM")));
     }
 

@@ -39,6 +39,7 @@ mod oracle;
 mod random;
 mod state;
 mod tlb;
+pub mod world;
 
 pub use guest::{Abort, Access, FaultKind, Outcome, STAGE1_OFFSET, ipa_of, va_of};
 pub use oracle::{Change, Violation};

@@ -95,10 +95,6 @@ global_asm!(
     BOOT_STACK = const BOOT_STACK_BYTES,
     EMERGENCY_STACK = const EMERGENCY_STACK_BYTES,
 );
-global_asm!(
-    include_str!("../vectors.S"),
-    EMERGENCY_STACK_TOP = const EMERGENCY_STACK_TOP_OFFSET,
-);
 
 const _: () =
     assert!(core::mem::offset_of!(Launch, block) == core::mem::offset_of!(Launch, stack_top) + 8);

@@ -1,9 +1,6 @@
 //! Rows: what was measured and under what, and how they reach a file.
 
-use std::fs;
-use std::path::Path;
-
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use serde::Serialize;
 use serde_json::Value;
 
@@ -104,28 +101,9 @@ pub(crate) fn json(rows: &[Row]) -> Result<String> {
     Ok(format!("[\n{}\n]\n", lines.join(",\n")))
 }
 
-/// Writes a file whole or not at all.
-pub(crate) fn write_atomically(path: &Path, text: &str) -> Result<()> {
-    let folder = path
-        .parent()
-        .filter(|folder| !folder.as_os_str().is_empty())
-        .unwrap_or(Path::new("."));
-    let name = path
-        .file_name()
-        .with_context(|| format!("{} is not a file", path.display()))?;
-    let partial = folder.join(format!(
-        "{}.partial-{}",
-        name.to_string_lossy(),
-        std::process::id()
-    ));
-    fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
-    fs::write(&partial, text).with_context(|| partial.display().to_string())?;
-    fs::rename(&partial, path).with_context(|| path.display().to_string())
-}
-
 #[cfg(test)]
 pub(super) mod tests {
-    use super::{Row, distinct, json, mean, write_atomically};
+    use super::{Row, distinct, json, mean};
     use crate::machine::Timing;
     use crate::uart::{Line, Record, parse};
 
@@ -185,16 +163,5 @@ pub(super) mod tests {
         assert_eq!(mean(&all, "x"), Some(1.5));
         assert_eq!(mean(&all, "y"), None);
         assert_eq!(distinct(&rows, |row| row.param("vcpus")), ["1"]);
-    }
-
-    #[test]
-    fn a_file_is_replaced_and_nothing_partial_stays() {
-        let folder = std::env::temp_dir().join(format!("vellum-rows-{}", std::process::id()));
-        let path = folder.join("a.json");
-        write_atomically(&path, "1").expect("written");
-        write_atomically(&path, "2").expect("replaced");
-        assert_eq!(std::fs::read_to_string(&path).expect("read"), "2");
-        assert_eq!(std::fs::read_dir(&folder).expect("listed").count(), 1);
-        std::fs::remove_dir_all(&folder).expect("removed");
     }
 }

@@ -1,0 +1,243 @@
+//! What a vCPU consists of while no CPU holds it, and how the vectors lay out a guest's registers.
+//!
+//! The layout is shared by the assembly (`vectors.S`), the world switch (`world`) and the host's fake, so it is plain
+//! data. EL1 state that is *resident* is not here but in the CPU's own registers: without E2H a guest's EL1 registers
+//! stay where they are while EL2 runs, and [`El1`] is read or written only when a CPU changes vCPU.
+
+use core::mem::offset_of;
+
+/// The general registers of a guest and what its exit left in EL2's registers.
+///
+/// While the guest runs, SP_EL2 holds this structure's address, so that the vectors can save registers before they
+/// have any to spare.
+#[derive(Clone, Debug)]
+#[repr(C, align(64))]
+pub struct Frame {
+    /// x0 to x30.
+    pub x: [u64; 31],
+    /// ELR_EL2: where the guest goes on.
+    pub pc: u64,
+    /// SPSR_EL2: the guest's PSTATE.
+    pub pstate: u64,
+    /// Stack pointer of the EL2 code that entered the guest.
+    host_stack: u64,
+    /// ESR_EL2 of the last full exit.
+    pub esr: u64,
+    /// FAR_EL2 of the last full exit.
+    pub far: u64,
+    /// HPFAR_EL2 of the last full exit.
+    pub hpfar: u64,
+}
+
+/// Offset of [`Frame::pc`], followed by [`Frame::pstate`].
+pub const FRAME_PC: usize = 248;
+/// Offset of the saved stack pointer.
+pub const FRAME_HOST_STACK: usize = 264;
+/// Offset of [`Frame::esr`], followed by FAR and HPFAR.
+pub const FRAME_ESR: usize = 272;
+
+const _: () = {
+    assert!(offset_of!(Frame, x) == 0);
+    assert!(offset_of!(Frame, pc) == FRAME_PC);
+    assert!(offset_of!(Frame, pstate) == FRAME_PC + 8);
+    assert!(offset_of!(Frame, host_stack) == FRAME_HOST_STACK);
+    assert!(offset_of!(Frame, esr) == FRAME_ESR);
+    assert!(offset_of!(Frame, far) == FRAME_ESR + 8);
+    assert!(offset_of!(Frame, hpfar) == FRAME_ESR + 16);
+};
+
+impl Frame {
+    /// A frame of zeros that starts at `pc` with `pstate`.
+    pub const fn new(pc: u64, pstate: u64) -> Self {
+        Self {
+            x: [0; 31],
+            pc,
+            pstate,
+            host_stack: 0,
+            esr: 0,
+            far: 0,
+            hpfar: 0,
+        }
+    }
+
+    /// The register that an instruction names `register` for data: 31 is the zero register.
+    pub fn read(&self, register: u8) -> u64 {
+        self.x.get(usize::from(register)).copied().unwrap_or(0)
+    }
+
+    /// Writes the register that an instruction names `register` for data: 31 is discarded.
+    pub fn write(&mut self, register: u8, value: u64) {
+        if let Some(slot) = self.x.get_mut(usize::from(register)) {
+            *slot = value;
+        }
+    }
+}
+
+/// Why a guest's run ended. The numbers are shared with the vectors.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[repr(u64)]
+pub enum Exit {
+    /// A synchronous exception that no short path took; `Frame::esr` tells which.
+    Sync = 1,
+    /// A physical interrupt, of either kind.
+    Interrupt = 2,
+    /// A physical SError.
+    SError = 3,
+    /// An exception out of AArch32, which guests do not have.
+    Aarch32 = 4,
+    /// The abort short path found no slot at the address.
+    NoSlot = 5,
+    /// The abort short path found that the slot forbids the access.
+    Denied = 6,
+    /// The abort short path ran out of tables.
+    TopUp = 7,
+    /// The abort short path cannot judge this fault.
+    OtherAbort = 8,
+}
+
+/// What the abort short path returns to the vectors to go back to the guest at once.
+pub const RESUME: u64 = 0;
+
+impl Exit {
+    /// The exit with the number `code`; `Aarch32`, which stops the VM, for a number that does not exist.
+    pub const fn from_code(code: u64) -> Self {
+        match code {
+            1 => Self::Sync,
+            2 => Self::Interrupt,
+            3 => Self::SError,
+            5 => Self::NoSlot,
+            6 => Self::Denied,
+            7 => Self::TopUp,
+            8 => Self::OtherAbort,
+            _ => Self::Aarch32,
+        }
+    }
+}
+
+/// Hands the list of EL1&0 registers that belong to a vCPU to the macro `$with`, as `field "name"` pairs.
+///
+/// SCTLR_EL1 and TCR_EL1 come last, in this order: erratum 1319367 (see `vttbr.rs`).
+macro_rules! for_each_el1_register {
+    ($with:ident) => {
+        $with! {
+            cpacr "cpacr_el1",
+            ttbr0 "ttbr0_el1",
+            ttbr1 "ttbr1_el1",
+            mair "mair_el1",
+            amair "amair_el1",
+            vbar "vbar_el1",
+            esr "esr_el1",
+            far "far_el1",
+            afsr0 "afsr0_el1",
+            afsr1 "afsr1_el1",
+            par "par_el1",
+            contextidr "contextidr_el1",
+            tpidr_el0 "tpidr_el0",
+            tpidrro_el0 "tpidrro_el0",
+            tpidr_el1 "tpidr_el1",
+            sp_el0 "sp_el0",
+            sp_el1 "sp_el1",
+            elr "elr_el1",
+            spsr "spsr_el1",
+            cntkctl "cntkctl_el1",
+            csselr "csselr_el1",
+            cntv_cval "cntv_cval_el0",
+            sctlr "sctlr_el1",
+            tcr "tcr_el1",
+        }
+    };
+}
+
+macro_rules! el1_structure {
+    ($($field:ident $name:literal,)*) => {
+        /// The EL1&0 system registers of a vCPU that is not resident, and its virtual timer.
+        #[derive(Clone, Debug, Default)]
+        #[expect(missing_docs, reason = "each field is the register of that name")]
+        pub struct El1 {
+            $(pub $field: u64,)*
+            /// CNTV_CTL_EL0, which is switched apart: the timer is off while the rest moves.
+            pub cntv_ctl: u64,
+            /// CNTVOFF_EL2.
+            pub cntvoff: u64,
+            /// VMPIDR_EL2: what the guest reads as MPIDR_EL1.
+            pub vmpidr: u64,
+            /// The SIMD and floating-point registers.
+            pub simd: Simd,
+        }
+    };
+}
+for_each_el1_register!(el1_structure);
+
+/// The SIMD and floating-point state of a guest. EL2 itself is compiled without them.
+#[derive(Clone, Debug, Default)]
+#[repr(C, align(16))]
+pub struct Simd {
+    /// v0 to v31.
+    pub v: [u128; 32],
+    /// FPSR.
+    pub fpsr: u64,
+    /// FPCR.
+    pub fpcr: u64,
+}
+
+/// SCTLR_EL1 out of reset: everything off, and the bits that read as one on a CPU without AArch32: LSMAOE, nTLSMD,
+/// SPAN, EIS, TSCXT, EOS.
+pub const SCTLR_EL1_RESET: u64 = 1 << 29 | 1 << 28 | 1 << 23 | 1 << 22 | 1 << 20 | 1 << 11;
+/// SCTLR_EL1.SPAN: taking an exception to EL1 leaves PSTATE.PAN as it is.
+pub const SCTLR_EL1_SPAN: u64 = 1 << 23;
+/// SCTLR_EL1.DSSBS: PSTATE.SSBS after taking an exception to EL1.
+pub const SCTLR_EL1_DSSBS: u64 = 1 << 44;
+
+impl El1 {
+    /// The state out of reset of the vCPU whose MPIDR_EL1 is `vmpidr`, its virtual counter at zero now.
+    pub fn reset(vmpidr: u64, cntvoff: u64) -> Self {
+        Self {
+            sctlr: SCTLR_EL1_RESET,
+            vmpidr,
+            cntvoff,
+            ..Self::default()
+        }
+    }
+}
+
+/// The stage-2 geometry that VTCR_EL2 has to declare.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Stage2Geometry {
+    /// Bits of guest address space.
+    pub ipa_bits: u32,
+    /// Level of the initial tables, 0 to 2.
+    pub start_level: u32,
+    /// ID_AA64MMFR0_EL1.PARange of the weakest CPU.
+    pub pa_range: u64,
+    /// VMIDs have 16 bits rather than 8.
+    pub wide_vmid: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Exit, Frame};
+
+    #[test]
+    fn register_31_is_the_zero_register() {
+        let mut frame = Frame::new(0, 0);
+        frame.write(31, 5);
+        frame.write(30, 6);
+        assert_eq!((frame.read(31), frame.read(30)), (0, 6));
+    }
+
+    #[test]
+    fn exits_come_back_from_their_numbers() {
+        for exit in [
+            Exit::Sync,
+            Exit::Interrupt,
+            Exit::SError,
+            Exit::Aarch32,
+            Exit::NoSlot,
+            Exit::Denied,
+            Exit::TopUp,
+            Exit::OtherAbort,
+        ] {
+            assert_eq!(Exit::from_code(exit as u64), exit);
+        }
+    }
+}

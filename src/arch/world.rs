@@ -1,0 +1,311 @@
+//! The world switch: entering a guest, moving a vCPU's state on and off a CPU, and what short exits rest on.
+//!
+//! What is written when:
+//!
+//! | when | what |
+//! |---|---|
+//! | once per CPU (`control.rs`) | every EL2 control register, so that none keeps what firmware left |
+//! | a CPU takes a vCPU ([`load`]) | VTCR, VTTBR, VMPIDR, CNTVOFF, EL1 state, SIMD state, virtual timer |
+//! | entry and exit ([`enter`]) | nothing but general registers, ELR and SPSR |
+//!
+//! References: DDI 0487 issue K.a, D19.2 (registers).
+
+use core::arch::{asm, global_asm};
+use core::mem::offset_of;
+
+use aarch64_cpu::registers::{
+    CNTV_CTL_EL0, CNTVOFF_EL2, ID_AA64PFR0_EL1, Readable, SCTLR_EL1, VTCR_EL2, Writeable,
+};
+
+use super::context::{
+    El1, Exit, FRAME_ESR, FRAME_HOST_STACK, FRAME_PC, Frame, Simd, Stage2Geometry,
+};
+use super::{isb, set_vttbr, shield_stage1};
+use crate::sync::percpu::{CpuBlock, EMERGENCY_STACK_TOP_OFFSET};
+use crate::trace::Event;
+
+/// ESR_EL2.EC is bits 31:26; ISS2 above it is not looked at by the short paths.
+const ESR_EC_SHIFT: u32 = 26;
+const EC_HVC: u64 = 0x16;
+const EC_INSTRUCTION_ABORT: u64 = 0x20;
+const EC_DATA_ABORT: u64 = 0x24;
+/// Upper half of the function identifier of the null hypercall (0xC600_0000); the lower half is zero.
+const NULL_CALL_HIGH: u64 = 0xc600;
+const CALLEE_SAVED_BYTES: usize = 96;
+/// x0 to x30 and the stack pointer.
+const FATAL_BYTES: usize = 256;
+
+global_asm!(
+    include_str!("vectors.S"),
+    EMERGENCY_STACK_TOP = const EMERGENCY_STACK_TOP_OFFSET,
+    EXITS = const offset_of!(CpuBlock, counters) + 8 * Event::Exits as usize,
+    FATAL_BYTES = const FATAL_BYTES,
+    ESR_EC_SHIFT = const ESR_EC_SHIFT,
+    EC_HVC = const EC_HVC,
+    EC_INSTRUCTION_ABORT = const EC_INSTRUCTION_ABORT,
+    EC_DATA_ABORT = const EC_DATA_ABORT,
+    NULL_CALL_HIGH = const NULL_CALL_HIGH,
+    CALLEE_SAVED_BYTES = const CALLEE_SAVED_BYTES,
+    HOST_STACK = const FRAME_HOST_STACK,
+    PC = const FRAME_PC,
+    ESR = const FRAME_ESR,
+    EXIT_SYNC = const Exit::Sync as u64,
+    EXIT_INTERRUPT = const Exit::Interrupt as u64,
+    EXIT_SERROR = const Exit::SError as u64,
+    EXIT_AARCH32 = const Exit::Aarch32 as u64,
+);
+
+unsafe extern "C" {
+    static vectors: u8;
+    fn guest_enter(frame: *mut Frame) -> u64;
+}
+
+/// Address of the EL2 vectors, for VBAR_EL2.
+pub fn vectors_address() -> u64 {
+    (&raw const vectors).expose_provenance() as u64
+}
+
+/// Runs the guest whose general registers are in `frame` until something happens that no short path settles.
+///
+/// # Safety
+///
+/// The CPU holds the guest's state ([`load`]), and stage 2 confines it. `frame` is the first field of what the abort
+/// short path (`guest_abort`) takes its argument for, and nobody else uses it meanwhile.
+pub unsafe fn enter(frame: *mut Frame) -> Exit {
+    // SAFETY: the caller vouches for frame and context; the assembly preserves what the C ABI preserves.
+    Exit::from_code(unsafe { guest_enter(frame) })
+}
+
+/// VTCR_EL2 for 4 KiB granules and write-back, inner-shareable walks.
+pub fn vtcr(geometry: Stage2Geometry) -> u64 {
+    let start = 2_u64.saturating_sub(u64::from(geometry.start_level));
+    let mut value = VTCR_EL2::RES1::SET
+        + VTCR_EL2::T0SZ.val(u64::from(64_u32.saturating_sub(geometry.ipa_bits)))
+        + VTCR_EL2::SL0.val(start)
+        + VTCR_EL2::IRGN0::NormalWBRAWA
+        + VTCR_EL2::ORGN0::NormalWBRAWA
+        + VTCR_EL2::SH0::Inner
+        + VTCR_EL2::TG0::Granule4KB
+        + VTCR_EL2::PS.val(geometry.pa_range);
+    if geometry.wide_vmid {
+        value += VTCR_EL2::VS::Bits16;
+    }
+    value.value
+}
+
+macro_rules! move_registers {
+    ($($field:ident $name:literal,)*) => {
+        fn read_registers(el1: &mut El1) {
+            $(
+                // SAFETY: reading an EL1 register has no effect.
+                unsafe { asm!(concat!("mrs {}, ", $name), out(reg) el1.$field, options(nostack, preserves_flags)) };
+            )*
+        }
+
+        /// SCTLR_EL1 and TCR_EL1 are the last two of the list, synchronized apart as erratum 1319367 wants.
+        fn write_registers(el1: &El1) {
+            $(
+                if matches!($name, "sctlr_el1" | "tcr_el1") {
+                    isb();
+                }
+                // SAFETY: EL1 registers do not affect EL2, and the caller is the CPU's only user of them.
+                unsafe { asm!(concat!("msr ", $name, ", {}"), in(reg) el1.$field, options(nostack, preserves_flags)) };
+            )*
+            isb();
+        }
+    };
+}
+for_each_el1_register!(move_registers);
+
+/// Makes the vCPU whose EL1 state is `el1` resident on this CPU: after it [`enter`] may run the guest.
+///
+/// # Safety
+///
+/// The CPU holds no vCPU. `vtcr` and `vttbr` describe a stage 2 that stays alive until [`put`] and that confines the
+/// guest to what it may reach.
+pub unsafe fn load(el1: &El1, vtcr: u64, vttbr: u64) {
+    VTCR_EL2.set(vtcr);
+    set_vttbr(vttbr);
+    // SAFETY: the register only supplies a value to the guest.
+    unsafe {
+        asm!("msr vmpidr_el2, {}", in(reg) el1.vmpidr, options(nomem, nostack, preserves_flags))
+    };
+    CNTVOFF_EL2.set(el1.cntvoff);
+    write_simd(&el1.simd);
+    write_registers(el1);
+    CNTV_CTL_EL0.set(el1.cntv_ctl);
+    isb();
+}
+
+/// Takes the resident vCPU's state off this CPU, which then holds `idle_vttbr` and walks no stage-1 tables.
+///
+/// # Safety
+///
+/// The CPU holds the vCPU that `el1` belongs to; `idle_vttbr` translates nothing under a VMID no guest uses.
+pub unsafe fn put(el1: &mut El1, idle_vttbr: u64) {
+    el1.cntv_ctl = CNTV_CTL_EL0.get();
+    CNTV_CTL_EL0.set(0);
+    read_registers(el1);
+    read_simd(&mut el1.simd);
+    shield_stage1();
+    set_vttbr(idle_vttbr);
+}
+
+/// Vector registers are moved through memory, two at a time.
+macro_rules! simd {
+    ($operation:literal) => {
+        concat!(
+            $operation,
+            " q0, q1, [{base}]\n",
+            $operation,
+            " q2, q3, [{base}, #32]\n",
+            $operation,
+            " q4, q5, [{base}, #64]\n",
+            $operation,
+            " q6, q7, [{base}, #96]\n",
+            $operation,
+            " q8, q9, [{base}, #128]\n",
+            $operation,
+            " q10, q11, [{base}, #160]\n",
+            $operation,
+            " q12, q13, [{base}, #192]\n",
+            $operation,
+            " q14, q15, [{base}, #224]\n",
+            $operation,
+            " q16, q17, [{base}, #256]\n",
+            $operation,
+            " q18, q19, [{base}, #288]\n",
+            $operation,
+            " q20, q21, [{base}, #320]\n",
+            $operation,
+            " q22, q23, [{base}, #352]\n",
+            $operation,
+            " q24, q25, [{base}, #384]\n",
+            $operation,
+            " q26, q27, [{base}, #416]\n",
+            $operation,
+            " q28, q29, [{base}, #448]\n",
+            $operation,
+            " q30, q31, [{base}, #480]\n",
+        )
+    };
+}
+
+fn read_simd(simd: &mut Simd) {
+    // SAFETY: stores the whole of v0-v31 into the 512 bytes of the array; EL2 code itself uses no vector register.
+    unsafe {
+        asm!(".arch_extension fp", ".arch_extension simd", simd!("stp"),
+            base = in(reg) simd.v.as_mut_ptr(), options(nostack, preserves_flags))
+    };
+    // SAFETY: reading the registers has no effect.
+    unsafe {
+        asm!(".arch_extension fp", "mrs {}, fpsr", "mrs {}, fpcr", out(reg) simd.fpsr, out(reg) simd.fpcr,
+            options(nomem, nostack, preserves_flags))
+    };
+}
+
+fn write_simd(simd: &Simd) {
+    // SAFETY: EL2 code itself uses no vector register, so only the guest's change.
+    unsafe {
+        asm!(".arch_extension fp", ".arch_extension simd", simd!("ldp"),
+            base = in(reg) simd.v.as_ptr(), options(nostack, preserves_flags, readonly))
+    };
+    // SAFETY: EL2 code uses no floating point.
+    unsafe {
+        asm!(".arch_extension fp", "msr fpsr, {}", "msr fpcr, {}", in(reg) simd.fpsr, in(reg) simd.fpcr,
+            options(nomem, nostack, preserves_flags))
+    };
+}
+
+macro_rules! id_registers {
+    ($crm:ident, $op2:ident: $($m:literal $n:literal)*) => {
+        match ($crm, $op2) {
+            $(($m, $n) => {
+                let value: u64;
+                // SAFETY: reading an identification register has no effect; reserved ones read as zero.
+                unsafe {
+                    asm!(concat!("mrs {}, S3_0_C0_C", $m, "_", $n), out(reg) value,
+                        options(pure, nomem, nostack, preserves_flags))
+                };
+                value
+            })*
+            _ => 0,
+        }
+    };
+}
+
+/// The AArch64 identification register S3_0_C0_C`crm`_`op2`, `crm` from 4 to 7; zero for others.
+pub fn id_register(crm: u8, op2: u8) -> u64 {
+    id_registers!(crm, op2:
+        4 0 4 1 4 2 4 3 4 4 4 5 4 6 4 7
+        5 0 5 1 5 2 5 3 5 4 5 5 5 6 5 7
+        6 0 6 1 6 2 6 3 6 4 6 5 6 6 6 7
+        7 0 7 1 7 2 7 3 7 4 7 5 7 6 7 7)
+}
+
+/// FAR_EL2.
+#[inline]
+pub fn far_el2() -> u64 {
+    aarch64_cpu::registers::FAR_EL2.get()
+}
+
+/// HPFAR_EL2.
+#[inline]
+pub fn hpfar_el2() -> u64 {
+    aarch64_cpu::registers::HPFAR_EL2.get()
+}
+
+/// SCTLR_EL1 of the resident vCPU.
+pub fn sctlr_el1() -> u64 {
+    SCTLR_EL1.get()
+}
+
+/// VBAR_EL1 of the resident vCPU.
+pub fn vbar_el1() -> u64 {
+    aarch64_cpu::registers::VBAR_EL1.get()
+}
+
+/// Tells the resident vCPU of an exception as hardware would: ELR_EL1, SPSR_EL1, ESR_EL1 and, where given, FAR_EL1.
+pub fn set_exception_el1(pc: u64, pstate: u64, esr: u64, far: Option<u64>) {
+    aarch64_cpu::registers::ELR_EL1.set(pc);
+    aarch64_cpu::registers::SPSR_EL1.set(pstate);
+    aarch64_cpu::registers::ESR_EL1.set(esr);
+    if let Some(far) = far {
+        aarch64_cpu::registers::FAR_EL1.set(far);
+    }
+}
+
+/// CNTV_CTL_EL0 of the resident vCPU: whether its virtual timer asserts its interrupt.
+pub fn virtual_timer_asserted() -> bool {
+    isb();
+    CNTV_CTL_EL0.is_set(CNTV_CTL_EL0::ENABLE)
+        && !CNTV_CTL_EL0.is_set(CNTV_CTL_EL0::IMASK)
+        && CNTV_CTL_EL0.is_set(CNTV_CTL_EL0::ISTATUS)
+}
+
+/// ID_AA64PFR0_EL1.RAS.
+const ID_AA64PFR0_RAS: u64 = 0xf << 28;
+
+/// DISR_EL1, cleared: the syndrome of an SError that `ESB` at a guest's exit deferred. `None` without FEAT_RAS.
+pub fn take_deferred_serror() -> Option<u64> {
+    const DEFERRED: u64 = 1 << 31;
+    if ID_AA64PFR0_EL1.get() & ID_AA64PFR0_RAS == 0 {
+        return None;
+    }
+    let syndrome: u64;
+    // SAFETY: the CPU has FEAT_RAS; reading has no effect.
+    unsafe {
+        asm!("mrs {}, S3_0_C12_C1_1", out(reg) syndrome, options(nomem, nostack, preserves_flags))
+    };
+    if syndrome & DEFERRED == 0 {
+        return None;
+    }
+    // SAFETY: acknowledges the error that is being reported.
+    unsafe {
+        asm!(
+            "msr S3_0_C12_C1_1, xzr",
+            options(nomem, nostack, preserves_flags)
+        )
+    };
+    Some(syndrome)
+}

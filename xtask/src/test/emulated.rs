@@ -1,0 +1,216 @@
+//! Runs the cases of the table: two at a time where the host has CPUs for it, those that compare times alone, each boot
+//! under a watchdog.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, anyhow, bail};
+
+use super::Tally;
+use super::cases::{self, Boot, Case, Expect};
+use super::soak::Record;
+use crate::board::Board;
+use crate::image::{self, Image, Profile};
+use crate::machine::Machine;
+use crate::paths;
+use crate::process;
+use crate::qemu::{Launch, Qemu};
+use crate::setup;
+use crate::uart::Transcript;
+
+/// What every case needs.
+struct Bench {
+    qemu: Qemu,
+    release: Image,
+    debug: Image,
+}
+
+/// Runs the cases whose name contains `only`.
+pub(super) fn run(soak: bool, only: &str) -> Result<Tally> {
+    let board = Board::qemu_virt()?;
+    let bench = Bench {
+        qemu: setup::qemu(&setup::Choice::default())?,
+        release: image::build(Profile::Release)?,
+        debug: image::build(Profile::Debug)?,
+    };
+    let record = Mutex::new(Record::load(image::fingerprint(&bench.release.flat)?));
+    let tally = Mutex::new(Tally::default());
+    let finish = |case: &Case, bench: &Bench| {
+        let start = Instant::now();
+        let result = bench.judge(case);
+        let took = start.elapsed();
+        let mut tally = tally
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        match result {
+            Ok(()) => {
+                println!("ok      {} ({:.1} s)", case.name, took.as_secs_f64());
+                tally.passed += 1;
+                if soak {
+                    remember(&record, &case.name);
+                }
+            }
+            Err(error) => {
+                println!("FAILED  {}: {error:#}", case.name);
+                tally.fail(format!("{}: {error:#}", case.name));
+            }
+        }
+    };
+    let known = |name: &str| soak && record.lock().is_ok_and(|record| record.knows(name));
+    let wanted: Vec<Case> = cases::all(&board, soak)
+        .into_iter()
+        .filter(|case| case.name.contains(only) && !known(&case.name))
+        .collect();
+    let (alone, together): (Vec<Case>, Vec<Case>) = wanted.into_iter().partition(|case| case.alone);
+    println!(
+        "{} cases under QEMU {}",
+        alone.len() + together.len(),
+        bench.qemu.version()
+    );
+    let next = AtomicUsize::new(0);
+    let work = || {
+        while let Some(case) = together.get(next.fetch_add(1, Ordering::Relaxed)) {
+            finish(case, &bench);
+        }
+    };
+    thread::scope(|scope| (0..workers()).for_each(|_| drop(scope.spawn(work))));
+    for case in &alone {
+        finish(case, &bench);
+    }
+    tally
+        .into_inner()
+        .map_err(|_| anyhow!("a case ended this program's thread"))
+}
+
+fn remember(record: &Mutex<Record>, name: &str) {
+    let mut record = record
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner);
+    if let Err(error) = record.add(name) {
+        eprintln!("the soak record could not be written: {error:#}");
+    }
+}
+
+fn workers() -> usize {
+    thread::available_parallelism().map_or(1, |count| count.get().min(2))
+}
+
+impl Bench {
+    fn judge(&self, case: &Case) -> Result<()> {
+        let mut runs = Vec::new();
+        for boot in &case.boots {
+            runs.push(self.boot(case, boot)?);
+        }
+        match case.expect {
+            Expect::Good(check) => {
+                for run in &runs {
+                    if let Some(fault) = run.fault() {
+                        bail!("{fault}");
+                    }
+                }
+                check(&runs).map_err(|why| anyhow!("{why}"))
+            }
+            Expect::Refusal(words) => runs.iter().try_for_each(|run| refused(run, words)),
+        }
+    }
+
+    fn boot(&self, case: &Case, boot: &Boot) -> Result<Transcript> {
+        let mut machine = boot.machine.clone();
+        if boot.without_gic {
+            machine.dtb = Some(self.tree_without_gic(&machine)?);
+        }
+        let limit = Duration::from_secs(case.seconds);
+        let image = if case.debug {
+            &self.debug
+        } else {
+            &self.release
+        };
+        let launch = Launch {
+            machine: &machine,
+            image: &image.flat,
+            append: &boot.append,
+            limit,
+            silence: limit,
+            gdb: false,
+        };
+        self.qemu.run(&launch, &mut |_| ())
+    }
+
+    /// QEMU's own device tree with the interrupt controller renamed to something nobody knows.
+    fn tree_without_gic(&self, machine: &Machine) -> Result<PathBuf> {
+        let path = paths::target("test/without-gic.dtb");
+        fs::create_dir_all(path.parent().unwrap_or(Path::new(".")))?;
+        process::output(Command::new(self.qemu.program()).args(machine.dump_device_tree(&path)))?;
+        let tree = fs::read(&path)?;
+        fs::write(
+            &path,
+            renamed(&tree, b"arm,gic-v3\0", b"none,no-ic\0")
+                .context("no GICv3 in QEMU's device tree")?,
+        )?;
+        Ok(path)
+    }
+}
+
+/// A machine that is refused says why in one line, ends with a status, and panics nowhere.
+fn refused(run: &Transcript, words: &str) -> Result<()> {
+    let Some(error) = run.errors.first() else {
+        bail!("no error line; last: {}", run.last_words());
+    };
+    if !error.to_lowercase().contains(&words.to_lowercase()) {
+        bail!("the error line does not say '{words}': {error}");
+    }
+    match run.status {
+        None | Some(0 | 101) => bail!("status {:?} after the error '{error}'", run.status),
+        Some(_) => Ok(()),
+    }
+}
+
+/// `from` replaced by `to`, which is as long; nothing if it is not there.
+fn renamed(bytes: &[u8], from: &[u8], to: &[u8]) -> Option<Vec<u8>> {
+    let at = bytes
+        .windows(from.len())
+        .position(|window| window == from)?;
+    let mut changed = bytes.to_vec();
+    changed.splice(at..at + from.len(), to.iter().copied());
+    Some(changed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{refused, renamed};
+    use crate::uart::{Transcript, parse};
+
+    fn run(console: &str) -> Transcript {
+        let mut all = Transcript::default();
+        console.lines().for_each(|line| all.add(parse(line)));
+        all
+    }
+
+    #[test]
+    fn a_refusal_has_a_reason_and_a_status() {
+        let error = r#"{"vellum":"error","text":"too little RAM"}"#;
+        let good = format!("{error}\n{{\"vellum\":\"exit\",\"status\":2}}");
+        assert!(refused(&run(&good), "ram").is_ok());
+        assert!(refused(&run(&good), "gic").is_err());
+        assert!(refused(&run(error), "ram").is_err());
+        for status in [0, 101] {
+            let bad = format!("{error}\n{{\"vellum\":\"exit\",\"status\":{status}}}");
+            assert!(refused(&run(&bad), "ram").is_err());
+        }
+        assert!(refused(&run("{\"vellum\":\"exit\",\"status\":2}"), "ram").is_err());
+    }
+
+    #[test]
+    fn renaming_keeps_every_other_byte() {
+        assert_eq!(
+            renamed(b"xxabcyy", b"abc", b"def").as_deref(),
+            Some(&b"xxdefyy"[..])
+        );
+        assert_eq!(renamed(b"xx", b"abc", b"def"), None);
+    }
+}
