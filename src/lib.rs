@@ -14,6 +14,7 @@ extern crate std;
 pub mod addr;
 pub mod arch;
 pub mod dev;
+pub mod guest;
 pub mod log;
 pub mod mem;
 pub mod mmu;

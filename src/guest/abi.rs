@@ -1,0 +1,137 @@
+//! What the built-in guest and the bench agree on: hypercalls, operations, and where things lie in the guest's memory.
+//!
+//! A vCPU ends an operation and asks for the next by [`HVC_NEXT`], which blocks until the bench posts one. All words are
+//! 64 bits, little-endian.
+
+use core::sync::atomic::AtomicU64;
+
+/// SMCCC function: does nothing, returns 0. For measuring.
+pub const HVC_NULL: u64 = 0xc600_0000;
+/// SMCCC function: reports the operation just finished (x1 status, x2 elapsed ticks, x3 and x4 results) and blocks until
+/// the next one: x0 its [`op`], x1 to x5 its arguments.
+pub const HVC_NEXT: u64 = 0xc600_0001;
+/// SMCCC: the function does not exist.
+pub const NOT_SUPPORTED: u64 = u64::MAX;
+
+/// Operations.
+pub mod op {
+    /// Turn this vCPU off (PSCI CPU_OFF).
+    pub const STOP: u64 = 0;
+    /// vCPU 0: start all others (PSCI CPU_ON). Result: how many could not be started.
+    pub const START_OTHERS: u64 = 1;
+    /// One pass over a region: x1 first address, x2 steps, x3 bytes per step, x4 [`super::flags`], x5 seed << 32 | value.
+    /// Results: stores made, and a checksum of what was read.
+    pub const PASS: u64 = 2;
+    /// Random stores into a region until told to stop: x1 first address, x2 pages, x3 seed. Result: stores made.
+    pub const FREE_RUN: u64 = 3;
+    /// Print the time of the last pass over the UART: x1 nanoseconds.
+    pub const REPORT: u64 = 4;
+    /// Timer and WFI self-test. Results: checks made, bit mask of those that failed.
+    pub const TIMER_TEST: u64 = 5;
+    /// vCPU 0: send x1 rounds of IPIs to each other vCPU and wait for its answer. Results as above.
+    pub const IPI_SEND: u64 = 6;
+    /// Every other vCPU: sleep and answer until x1 rounds are done.
+    pub const IPI_SERVE: u64 = 7;
+    /// Do what a hostile guest does; x1 first address of a writable page pair. Results as above.
+    pub const HOSTILE: u64 = 8;
+    /// Null hypercalls: x1 how many.
+    pub const HYPERCALLS: u64 = 9;
+}
+
+/// Flags of [`op::PASS`].
+pub mod flags {
+    /// Percent of the steps that store, 0 to 100; the others load.
+    pub const WRITE_PERCENT: u64 = 0xff;
+    /// Steps in random order, with repetition, from the seed.
+    pub const RANDOM: u64 = 1 << 8;
+    /// Keep the write log.
+    pub const LOG: u64 = 1 << 9;
+}
+
+/// Status of a finished operation.
+pub mod status {
+    /// Done.
+    pub const OK: u64 = 0;
+    /// The guest took an exception that it did not expect: results are ESR_EL1 and ELR_EL1.
+    pub const EXCEPTION: u64 = 1;
+    /// The operation is not known.
+    pub const UNKNOWN: u64 = 2;
+}
+
+/// First address of guest RAM, and of [`Params`].
+pub const RAM: u64 = 0x4000_0000;
+/// Where the image is loaded and entered.
+pub const IMAGE: u64 = 0x4008_0000;
+/// Bytes that image may take.
+pub const IMAGE_BYTES: u64 = TABLES - IMAGE;
+/// The guest's own stage-1 tables: two pages. From here on memory is writable and not executable.
+pub const TABLES: u64 = 0x4020_0000;
+/// The private areas of the vCPUs.
+pub const AREAS: u64 = 0x4021_0000;
+/// Bytes of one area: [`Area`] at its start, the stack growing down from its end.
+pub const AREA_BYTES: u64 = 0x4000;
+/// Most vCPUs.
+pub const MAX_VCPUS: u64 = 128;
+/// The write logs: one bit a page of the vCPU's region, [`Params::log_bytes`] each.
+pub const LOGS: u64 = 0x4060_0000;
+/// First address of the memory that is written and logged.
+pub const DATA: u64 = 0x8000_0000;
+
+const _: () = assert!(AREAS + MAX_VCPUS * AREA_BYTES <= LOGS);
+
+/// What the hypervisor tells the guest, at [`RAM`]; read only.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+#[repr(C)]
+pub struct Params {
+    /// Number of vCPUs.
+    pub vcpus: u64,
+    /// Architecture version of the interrupt controller: 2 or 3.
+    pub gic: u64,
+    /// Bytes of one vCPU's region of the memory at [`DATA`].
+    pub region_bytes: u64,
+    /// Bytes of one vCPU's write log.
+    pub log_bytes: u64,
+}
+
+impl Params {
+    /// The bytes for memory.
+    pub fn to_bytes(self) -> [u8; 32] {
+        let mut bytes = [0; 32];
+        let words = [self.vcpus, self.gic, self.region_bytes, self.log_bytes];
+        for (chunk, word) in bytes.chunks_exact_mut(8).zip(words) {
+            chunk.copy_from_slice(&word.to_le_bytes());
+        }
+        bytes
+    }
+}
+
+/// The head of a vCPU's area.
+#[derive(Debug)]
+#[repr(C)]
+pub struct Area {
+    /// Nonzero: leave [`op::FREE_RUN`]. Written by the hypervisor.
+    pub stop: AtomicU64,
+    /// MPIDR_EL1 of the vCPU, for those who send it interrupts.
+    pub affinity: AtomicU64,
+    /// Position of the vCPU.
+    pub index: AtomicU64,
+    /// What an exception means: see the guest's `trap`.
+    pub probe: AtomicU64,
+    /// ESR_EL1 of the exception that the probe caught.
+    pub probe_esr: AtomicU64,
+    /// FAR_EL1 of it.
+    pub probe_far: AtomicU64,
+    /// Timer interrupts taken.
+    pub timer_ticks: AtomicU64,
+    /// Inter-processor interrupts taken.
+    pub ipis: AtomicU64,
+    /// Written by the sender before each IPI.
+    pub ipi_number: AtomicU64,
+    /// What the receiver's handler last saw there.
+    pub ipi_seen: AtomicU64,
+}
+
+/// Address of the area of vCPU `index`.
+pub const fn area(index: u64) -> u64 {
+    AREAS + index * AREA_BYTES
+}

@@ -1,0 +1,84 @@
+//! The guest's interrupt controller: GICv3 by system registers, GICv2 by its CPU interface's frame.
+
+use super::{affinity_of, asm, params};
+
+const GICD: u64 = 0x0800_0000;
+const GICC: u64 = 0x0801_0000;
+const GICR: u64 = 0x080a_0000;
+const GICR_STRIDE: u64 = 0x2_0000;
+const SGI_FRAME: u64 = 0x1_0000;
+
+const GICD_CTLR: u64 = GICD;
+const GICD_SGIR: u64 = GICD + 0xf00;
+const IGROUPR0: u64 = 0x80;
+const ISENABLER0: u64 = 0x100;
+const GICR_WAKER: u64 = 0x14;
+
+const GICC_CTLR: u64 = GICC;
+const GICC_PMR: u64 = GICC + 0x4;
+const GICC_IAR: u64 = GICC + 0xc;
+const GICC_EOIR: u64 = GICC + 0x10;
+
+/// All SGIs and the virtual timer's PPI.
+const ENABLED: u64 = 0xffff | 1 << TIMER;
+/// INTID of the virtual timer.
+pub(super) const TIMER: u64 = 27;
+const INTID: u64 = 0x3ff;
+
+/// Sets up this vCPU's interface.
+pub(super) fn init(version: u64, index: u64) {
+    if version == 2 {
+        asm::store_word(GICD_CTLR, 1);
+        asm::store_word(GICD + ISENABLER0, ENABLED);
+        asm::store_word(GICC_PMR, 0xff);
+        asm::store_word(GICC_CTLR, 1);
+        return;
+    }
+    let redistributor = GICR + index * GICR_STRIDE;
+    asm::store_word(redistributor + GICR_WAKER, 0);
+    asm::store_word(redistributor + SGI_FRAME + IGROUPR0, u64::from(u32::MAX));
+    asm::store_word(redistributor + SGI_FRAME + ISENABLER0, ENABLED);
+    // Affinity routing, group 1 on.
+    asm::store_word(GICD_CTLR, 1 << 4 | 1 << 1);
+    asm::set_icc_sre(0b111);
+    asm::set_icc_pmr(0xff);
+    asm::set_icc_igrpen1(1);
+}
+
+/// Sends SGI `intid` to vCPU `target`.
+pub(super) fn send(target: u64, intid: u64) {
+    asm::dsb();
+    if params().gic == 2 {
+        asm::store_word(GICD_SGIR, 1 << (16 + target) | intid);
+        return;
+    }
+    let affinity = affinity_of(target);
+    asm::set_icc_sgi1r((affinity >> 8 & 0xff) << 16 | intid << 24 | 1 << (affinity & 0xf));
+}
+
+/// Acknowledges the highest pending interrupt: what to end it with.
+pub(super) fn acknowledge() -> u64 {
+    if params().gic == 2 {
+        asm::load_word(GICC_IAR)
+    } else {
+        asm::icc_iar1()
+    }
+}
+
+/// INTID of an acknowledged interrupt.
+pub(super) fn intid(acknowledged: u64) -> u64 {
+    if params().gic == 2 {
+        acknowledged & INTID
+    } else {
+        acknowledged & 0xff_ffff
+    }
+}
+
+/// Ends it.
+pub(super) fn end(acknowledged: u64) {
+    if params().gic == 2 {
+        asm::store_word(GICC_EOIR, acknowledged);
+    } else {
+        asm::set_icc_eoir1(acknowledged);
+    }
+}

@@ -1,0 +1,123 @@
+//! What a hostile guest does, and what a machine would answer.
+
+use vellum::guest::abi::{DATA, NOT_SUPPORTED};
+
+use super::trap::{Caught, probe};
+use super::{Done, affinity_of, asm};
+
+const NO_RAM: u64 = 0x7000_0000;
+const NO_DEVICE: u64 = 0x0b00_0000;
+const GICD: u64 = 0x0800_0000;
+
+const UNDEFINED: u64 = 0x00;
+const INSTRUCTION_ABORT: u64 = 0x21;
+const DATA_ABORT: u64 = 0x25;
+/// Synchronous external abort, not on a table walk.
+const EXTERNAL: u64 = 0x10;
+
+const PSCI_VERSION: u64 = 0x8400_0000;
+const PSCI_INVALID_PARAMETERS: u64 = (-2_i64) as u64;
+const PSCI_ALREADY_ON: u64 = (-4_i64) as u64;
+
+struct Score {
+    checks: u64,
+    failed: u64,
+}
+
+impl Score {
+    fn check(&mut self, good: bool) {
+        self.failed |= u64::from(!good) << self.checks;
+        self.checks += 1;
+    }
+
+    fn external(&mut self, caught: Option<Caught>, class: u64, address: u64) {
+        let right = |caught: Caught| {
+            caught.class() == class && caught.esr & 0x3f == EXTERNAL && caught.far == address
+        };
+        self.check(caught.is_some_and(right));
+    }
+
+    fn undefined(&mut self, caught: Option<Caught>) {
+        self.check(caught.is_some_and(|caught| caught.class() == UNDEFINED));
+    }
+}
+
+/// All checks; `pages` is the first of two writable pages.
+pub(super) fn run(pages: u64) -> Done {
+    let mut score = Score {
+        checks: 0,
+        failed: 0,
+    };
+    outside_memory(&mut score);
+    calls(&mut score);
+    instructions(&mut score);
+    devices(&mut score);
+    memory(&mut score, pages);
+    Done::ok(score.checks, score.failed)
+}
+
+/// Bits 0 to 3.
+fn outside_memory(score: &mut Score) {
+    let caught = probe(|| ignore(asm::load(NO_RAM)));
+    score.external(caught, DATA_ABORT, NO_RAM);
+    let caught = probe(|| asm::store(NO_RAM + 8, 1));
+    score.external(caught, DATA_ABORT, NO_RAM + 8);
+    let caught = probe(|| ignore(asm::load_word(NO_DEVICE)));
+    score.external(caught, DATA_ABORT, NO_DEVICE);
+    // Stage 1 forbids execution outside the image, so the abort is stage 1's: it must arrive all the same.
+    let caught = probe(|| asm::call(NO_RAM));
+    score.check(caught.is_some_and(|caught| caught.class() == INSTRUCTION_ABORT));
+}
+
+/// Bits 4 to 9.
+fn calls(score: &mut Score) {
+    score.check(asm::hvc(0xc600_ffff) == NOT_SUPPORTED);
+    score.check(asm::hvc(0x1234_5678_9abc_def0) == NOT_SUPPORTED);
+    score.check(asm::cpu_on(0xff_ffff, 1) == PSCI_INVALID_PARAMETERS);
+    score.check(asm::cpu_on(affinity_of(0), 0) == PSCI_ALREADY_ON);
+    let mut answer = 0;
+    let caught = probe(|| answer = asm::smc(PSCI_VERSION));
+    score
+        .check(caught.is_some_and(|caught| caught.class() == UNDEFINED) || answer == NOT_SUPPORTED);
+    score.check(asm::hvc_at_el0() >> 26 == UNDEFINED);
+}
+
+/// Bits 10 to 13.
+fn instructions(score: &mut Score) {
+    score.undefined(probe(asm::undefined));
+    score.undefined(probe(|| ignore(asm::pmu_counter())));
+    score.undefined(probe(|| ignore(asm::sve_control())));
+    score.undefined(probe(|| ignore(asm::vttbr())));
+}
+
+/// Bits 14 and 15: whatever the answer is, it is one that this vCPU survives.
+fn devices(score: &mut Score) {
+    for offset in [0, 0x4, 0x8, 0xfe8, 0xffc] {
+        let _caught = probe(|| ignore(asm::load_byte(GICD + offset)));
+        let _caught = probe(|| ignore(asm::load(GICD + (offset & !7))));
+    }
+    score.check(true);
+    for offset in [0x101, 0x402, 0xf01] {
+        let _caught = probe(|| asm::store_word(GICD + offset, u64::MAX));
+    }
+    score.check(asm::load_word(GICD + 4) != u64::MAX);
+}
+
+/// Bits 16 to 19: atomics, cache maintenance and a store across pages do to memory what they should.
+fn memory(score: &mut Score, pages: u64) {
+    let pages = pages.max(DATA);
+    asm::store(pages, 41);
+    asm::exclusive_add(pages);
+    score.check(asm::load(pages) == 42);
+    asm::clean_and_invalidate(pages);
+    score.check(asm::load(pages) == 42);
+    asm::clean_and_invalidate(pages + 64);
+    asm::invalidate(pages + 64);
+    score.check(asm::load(pages) == 42);
+    asm::store(pages + 0x1000 - 4, 0x1122_3344_5566_7788);
+    let halves = asm::load_word(pages + 0xffc) | asm::load_word(pages + 0x1000) << 32;
+    score.check(halves == 0x1122_3344_5566_7788);
+}
+
+/// The value of an access that is expected to fault.
+fn ignore(_value: u64) {}

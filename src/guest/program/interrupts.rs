@@ -1,0 +1,136 @@
+//! Interrupt self-tests: the timer wakes a sleeping vCPU, IPIs arrive and see what was written before them.
+
+use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+use vellum::guest::abi::Area;
+
+use super::{Done, area_of, asm, gic, params, this_area};
+
+const IPI: u64 = 3;
+const TIMER_ON: u64 = 1;
+const TIMER_OFF: u64 = 0;
+const TIMER_MASKED: u64 = 0b11;
+/// Sleeps before a wake-up that does not come is given up: each ends by some interrupt, a timer's at the latest.
+const PATIENCE: u64 = 1000;
+
+/// Called by the vectors with interrupts masked.
+#[unsafe(no_mangle)]
+extern "C" fn guest_irq() {
+    let acknowledged = gic::acknowledge();
+    let area = this_area();
+    match gic::intid(acknowledged) {
+        gic::TIMER => {
+            asm::set_timer_control(TIMER_MASKED);
+            bump(&area.timer_ticks);
+        }
+        IPI => {
+            let number = area.ipi_number.load(Relaxed);
+            area.ipi_seen.store(number, Relaxed);
+            bump(&area.ipis);
+        }
+        // Spurious: nothing to end.
+        1020.. => return,
+        _ => {}
+    }
+    gic::end(acknowledged);
+}
+
+fn bump(count: &AtomicU64) {
+    count.store(count.load(Relaxed) + 1, Relaxed);
+}
+
+fn ticks(area: &Area) -> u64 {
+    area.timer_ticks.load(Relaxed)
+}
+
+/// The timer fires once each time it is set, not early, and wakes WFI; masked and disabled it does not fire.
+pub(super) fn timer_test() -> Done {
+    let area = this_area();
+    let mut failed = 0;
+    let period = asm::counter_hz() / 1000;
+    for round in 0..8 {
+        let before = ticks(area);
+        let start = asm::counter();
+        asm::set_timer_value(period);
+        asm::set_timer_control(TIMER_ON);
+        let mut sleeps = 0;
+        while ticks(area) == before && sleeps < PATIENCE {
+            asm::wait_for_interrupt();
+            sleeps += 1;
+        }
+        asm::set_timer_control(TIMER_OFF);
+        asm::take_interrupts();
+        let once = ticks(area) == before + 1;
+        let not_early = asm::counter() - start >= period;
+        if !once || !not_early {
+            failed |= 1 << round;
+        }
+    }
+    let before = ticks(area);
+    asm::set_timer_value(0);
+    asm::set_timer_control(TIMER_MASKED);
+    asm::take_interrupts();
+    asm::set_timer_control(TIMER_OFF);
+    asm::take_interrupts();
+    if ticks(area) != before {
+        failed |= 1 << 8;
+    }
+    Done::ok(9, failed)
+}
+
+/// Numbers each IPI in memory, sends it, and waits until its receiver has answered with that number or a later one.
+pub(super) fn ipi_send(rounds: u64) -> Done {
+    let mut checks = 0;
+    let mut failed = 0;
+    for number in 1..=rounds {
+        for target in 1..params().vcpus {
+            let area = area_of(target);
+            area.ipi_number.store(number, Relaxed);
+            gic::send(target, IPI);
+            checks += 1;
+            if !answered(area, number) {
+                failed |= 1 << (target % 64);
+            }
+        }
+    }
+    Done::ok(checks, failed)
+}
+
+/// The receiver answers by an IPI of its own, so the sender sleeps too.
+fn answered(area: &Area, number: u64) -> bool {
+    let sees = || area.ipi_seen.load(Relaxed) >= number;
+    for _ in 0..PATIENCE {
+        if sees() {
+            return true;
+        }
+        arm_alarm();
+        asm::wait_for_interrupt();
+    }
+    sees()
+}
+
+/// Sleeps and answers until `rounds` IPIs were seen.
+pub(super) fn ipi_serve(rounds: u64) -> Done {
+    let area = this_area();
+    let mut answered = 0;
+    let mut sleeps = 0;
+    while answered < rounds && sleeps < PATIENCE * rounds {
+        let seen = area.ipi_seen.load(Relaxed);
+        if seen > answered {
+            answered = seen;
+            gic::send(0, IPI);
+        } else {
+            arm_alarm();
+            asm::wait_for_interrupt();
+            sleeps += 1;
+        }
+    }
+    asm::set_timer_control(TIMER_OFF);
+    Done::ok(rounds, u64::from(answered < rounds))
+}
+
+/// An interrupt in 10 ms at the latest, so that a lost one is noticed and not waited for.
+fn arm_alarm() {
+    asm::set_timer_value(asm::counter_hz() / 100);
+    asm::set_timer_control(TIMER_ON);
+}
