@@ -11,6 +11,7 @@ use crate::mmu::fault::{Access, Attempt, Resolution};
 use crate::mmu::geometry::Level;
 use crate::mmu::slot::{Contents, Context, SlotView};
 use crate::mmu::stage2::Stage2;
+use crate::mmu::tlb;
 use crate::mmu::walk::Position;
 use crate::sync::quiescence::{Active, CpuId};
 
@@ -51,6 +52,7 @@ impl Stage2 {
         let Ok(clean) = claimed else {
             return Attempt::Again;
         };
+        self.settle_claimed(cpu, ipa);
         if view.slot.config.contents == Contents::Zero {
             zero(leaf.to.raw(), at.level.span_pages());
         }
@@ -86,15 +88,24 @@ impl Stage2 {
                 .take(cpu)
                 .ok_or(Attempt::Give(Resolution::TopUp))?;
             table.fill(active, |_| Descriptor::EMPTY);
-            let linked = {
+            let claimed = {
                 let _guard = self.lock.share();
-                at.slot
-                    .compare_and_swap(Descriptor::EMPTY, table.descriptor())
+                at.slot.claim()
             };
-            if linked.is_err() {
+            let Ok(clean) = claimed else {
                 self.pool.put_back(cpu, table.abandon());
                 return Err(Attempt::Again);
-            }
+            };
+            self.settle_claimed(cpu, ipa);
+            clean.make(table.descriptor());
+        }
+    }
+
+    /// Before a claimed slot around `ipa` is filled: it may be empty because an unmap took a leaf away whose invalidation
+    /// is still owed. What is made may differ from that leaf in size or address, so it is invalidated here as well.
+    fn settle_claimed(&self, cpu: CpuId, ipa: Ipa) {
+        if self.debts().any() {
+            self.under_vmid(cpu, || tlb::broadcast_one(ipa));
         }
     }
 }

@@ -169,6 +169,11 @@ impl Machine {
         result
     }
 
+    /// The CPU whose software runs.
+    pub fn current(&self) -> usize {
+        self.0.state.borrow().current
+    }
+
     /// Loads VTTBR_EL2 on `cpu`, as entering a guest does.
     pub fn load_vttbr(&self, cpu: usize, vttbr: u64) {
         self.on(cpu, || instructions::set_vttbr(vttbr));

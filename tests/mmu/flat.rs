@@ -1,0 +1,144 @@
+//! The flat model: what a guest wrote, slot by slot and page by page, and what of it was copied.
+
+use std::alloc::{Layout, alloc_zeroed, dealloc};
+use std::cell::RefCell;
+use std::collections::BTreeSet;
+
+use vellum::addr::{Ipa, PAGE_BYTES, Pa};
+use vellum::mmu::{Access, Contents, Extent, Level, Memory, SlotConfig, SlotId, Stage2};
+
+use crate::rig::BLOCK_BYTES;
+
+/// Host memory, freed with the rig.
+struct Allocation(*mut u8, Layout);
+
+impl Allocation {
+    fn new(bytes: usize, align: usize) -> Self {
+        let layout = Layout::from_size_align(bytes, align).expect("a layout");
+        // SAFETY: The layout is not empty.
+        Self(unsafe { alloc_zeroed(layout) }, layout)
+    }
+
+    fn pa(&self) -> Pa {
+        Pa::new(self.0.expose_provenance() as u64)
+    }
+}
+
+impl Drop for Allocation {
+    fn drop(&mut self) {
+        // SAFETY: Allocated in `new` with this layout.
+        unsafe { dealloc(self.0, self.1) };
+    }
+}
+
+/// One VM and what its guest did.
+pub(crate) struct Vm {
+    pub(crate) stage2: Stage2,
+    pub(crate) slots: RefCell<Vec<ModelSlot>>,
+}
+
+/// A slot and the truth about it.
+pub(crate) struct ModelSlot {
+    pub(crate) id: SlotId,
+    pub(crate) ipa: Ipa,
+    pub(crate) pages: u64,
+    pub(crate) writable: bool,
+    pub(crate) pa: Pa,
+    /// Kept allocated.
+    _memory: Allocation,
+    /// Writes that reached each page, by anybody.
+    pub(crate) writes: RefCell<Vec<u64>>,
+    /// While logging: what `writes` was when the page was last copied.
+    pub(crate) copied: RefCell<Option<Vec<u64>>>,
+    /// Pages that may be reported: written, or tried to, since they were last cleared.
+    pub(crate) reportable: RefCell<BTreeSet<u64>>,
+}
+
+impl Vm {
+    /// Adds `blocks` times 2 MiB of RAM at `ipa`.
+    pub(crate) fn add_ram(&self, ipa: u64, blocks: u64, max_leaf: Level, writable: bool) {
+        let bytes = blocks * BLOCK_BYTES;
+        let memory = Allocation::new(usize_of(bytes), usize_of(BLOCK_BYTES));
+        self.add_slot(ipa, bytes, max_leaf, writable, memory);
+    }
+
+    fn add_slot(&self, ipa: u64, bytes: u64, max_leaf: Level, writable: bool, memory: Allocation) {
+        let config = SlotConfig {
+            ipa: Ipa::new(ipa),
+            backing: vec![Extent {
+                pa: memory.pa(),
+                bytes,
+            }],
+            max_leaf,
+            memory: Memory::Normal,
+            writable,
+            contents: Contents::Keep,
+        };
+        let id = self.stage2.add_slot(config).expect("room for a slot");
+        let pages = bytes / PAGE_BYTES;
+        self.slots.borrow_mut().push(ModelSlot {
+            id,
+            ipa: Ipa::new(ipa),
+            pages,
+            writable,
+            pa: memory.pa(),
+            _memory: memory,
+            writes: RefCell::new(vec![0; usize_of(pages)]),
+            copied: RefCell::new(None),
+            reportable: RefCell::default(),
+        });
+    }
+
+    /// Calls `work` with the slot and page that hold `ipa`.
+    pub(crate) fn with_slot<R>(
+        &self,
+        ipa: Ipa,
+        work: impl FnOnce(&ModelSlot, u64) -> R,
+    ) -> Option<R> {
+        let slots = self.slots.borrow();
+        let slot = slots.iter().find(|slot| slot.page_of(ipa).is_some())?;
+        Some(work(slot, slot.page_of(ipa)?))
+    }
+
+    /// The guest's access reached `pa`.
+    pub(crate) fn reached(&self, ipa: Ipa, pa: Pa, access: Access) {
+        let known = self.with_slot(ipa, |slot, page| {
+            let expected = slot.pa.raw() + (ipa.raw() - slot.ipa.raw());
+            assert_eq!(pa.raw(), expected, "{ipa} leads elsewhere");
+            if access == Access::Write {
+                assert!(slot.writable, "a read-only slot was written at {ipa}");
+                slot.writes.borrow_mut()[usize_of(page)] += 1;
+                // A write through a writable leaf needs no fault, but then its bit is set already.
+            }
+        });
+        assert!(known.is_some(), "{ipa} was reached and is in no slot");
+    }
+
+    /// The hypervisor wrote to the page at `ipa`.
+    pub(crate) fn written_by_us(&self, ipa: Ipa) {
+        self.with_slot(ipa, |slot, page| {
+            slot.writes.borrow_mut()[usize_of(page)] += 1;
+            slot.reportable.borrow_mut().insert(page);
+        });
+    }
+
+    /// Takes slot `index` out of the model and gives its memory back to the caller, once it has been removed.
+    pub(crate) fn forget_slot(&self, index: usize) -> ModelSlot {
+        self.slots.borrow_mut().remove(index)
+    }
+}
+
+impl ModelSlot {
+    pub(crate) fn at(&self, page: u64) -> Ipa {
+        Ipa::new(self.ipa.raw() + page * PAGE_BYTES)
+    }
+
+    pub(crate) fn page_of(&self, ipa: Ipa) -> Option<u64> {
+        let page = ipa.offset_from(self.ipa)? / PAGE_BYTES;
+        (page < self.pages).then_some(page)
+    }
+}
+
+pub(crate) fn usize_of(number: u64) -> usize {
+    usize::try_from(number).expect("64-bit host")
+}
