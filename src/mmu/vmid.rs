@@ -121,7 +121,7 @@ impl VmidAllocator {
         if current && seen != ROLLED && arch::cas(&active.0, seen, tag).is_ok() {
             return number(tag);
         }
-        self.load_slow(cell, cpu, active)
+        self.load_slow(cell, active)
     }
 
     /// `cpu`, the calling CPU, runs no VM any more: VTTBR_EL2 already names the reserved VMID.
@@ -162,18 +162,17 @@ impl VmidAllocator {
     }
 
     #[cold]
-    fn load_slow(&self, cell: &VmidCell, cpu: CpuId, active: &Active) -> Vmid {
+    fn load_slow(&self, cell: &VmidCell, active: &Active) -> Vmid {
         let mut state = self.state.lock();
         let mut tag = cell.0.load(Ordering::Relaxed);
         if tag & !NUMBER != self.generation.load(Ordering::Relaxed) {
             tag = self.renew(&mut state, tag);
             cell.0.store(tag, Ordering::Release);
         }
-        // A CPU takes part again in rollovers from here on; under the lock there is none in between.
+        // A CPU takes part again in rollovers from here on; under the lock there is none in between. The number that the
+        // last rollover reserved for it stays reserved until the next: it may have cached entries under it since, which
+        // its VM, once it carries the number over, invalidates.
         arch::swap(&active.0, tag);
-        if let Some(reserved) = state.reserved.get_mut(cpu.0) {
-            *reserved = ROLLED;
-        }
         number(tag)
     }
 

@@ -206,6 +206,24 @@ fn good_removed_slot_is_reached_by_nobody() {
     });
 }
 
+#[test]
+fn good_vm_that_ran_through_a_rollover_is_invalidated_under_the_number_it_ran_with() {
+    let rig = Rig::new(Plan {
+        vmid_bits: 3,
+        ..Plan::default()
+    });
+    let vm = rig.vm();
+    vm.add_ram(RAM, 1, Level::L3, true);
+    rig.load(1, &vm);
+    for _ in 0..8 {
+        rig.load(2, &rig.vm());
+    }
+    rig.write(1, page(0));
+    let other = rig.vm();
+    rig.load(1, &other);
+    rig.destroy(0, vm);
+}
+
 /// Runs `scenario` once for each event in it, with `interruption` after just that one.
 fn at_each_event(
     locking: Locking,
