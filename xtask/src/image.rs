@@ -82,8 +82,8 @@ pub(crate) fn build(profile: Profile) -> Result<Image> {
     Ok(Image { flat, symbols })
 }
 
-/// The built-in guest as a flat file. It is linked to a fixed address by a script of its own, hence with flags of its own
-/// and in a target folder of its own, where they do not disturb the hypervisor's.
+/// The built-in guest as a flat file. It is linked to a fixed address by a script of its own, hence with flags of its own,
+/// which replace those of `.cargo/config.toml`; cargo keeps what is built with either apart.
 pub(crate) fn guest() -> Result<PathBuf> {
     let script = paths::root().join("src/guest/guest.ld");
     let flags = [
@@ -91,7 +91,6 @@ pub(crate) fn guest() -> Result<PathBuf> {
         format!("-Clink-arg=-T{}", script.display()),
     ];
     let mut command = cargo_rustc("guest", Profile::Release);
-    command.arg("--target-dir").arg(paths::target("guest"));
     command.env("CARGO_ENCODED_RUSTFLAGS", flags.join("\u{1f}"));
     let linked = fs::read(compile(&mut command)?)?;
     write(&flatten(&linked)?, "guest.img")
