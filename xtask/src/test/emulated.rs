@@ -4,8 +4,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -30,6 +30,13 @@ struct Bench {
     debug: Image,
 }
 
+/// What the cases came to, written by whoever finishes one.
+struct Ledger {
+    tally: Tally,
+    /// Under soak only.
+    record: Option<Record>,
+}
+
 /// Runs the cases whose name contains `only`.
 pub(super) fn run(soak: bool, only: &str) -> Result<Tally> {
     let board = Board::qemu_virt()?;
@@ -38,61 +45,59 @@ pub(super) fn run(soak: bool, only: &str) -> Result<Tally> {
         release: image::build(Profile::Release)?,
         debug: image::build(Profile::Debug)?,
     };
-    let record = Mutex::new(Record::load(image::fingerprint(&bench.release.flat)?));
-    let tally = Mutex::new(Tally::default());
-    let finish = |case: &Case, bench: &Bench| {
-        let start = Instant::now();
-        let result = bench.judge(case);
-        let took = start.elapsed();
-        let mut tally = tally
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner);
-        match result {
-            Ok(()) => {
-                println!("ok      {} ({:.1} s)", case.name, took.as_secs_f64());
-                tally.passed += 1;
-                if soak {
-                    remember(&record, &case.name);
-                }
-            }
-            Err(error) => {
-                println!("FAILED  {}: {error:#}", case.name);
-                tally.fail(format!("{}: {error:#}", case.name));
-            }
-        }
+    let fingerprint = image::fingerprint(&bench.release.flat)?;
+    let record = soak.then(|| Record::load(fingerprint));
+    let known = |case: &Case| {
+        record
+            .as_ref()
+            .is_some_and(|record| record.knows(&case.name))
     };
-    let known = |name: &str| soak && record.lock().is_ok_and(|record| record.knows(name));
+    let wanted = |case: &Case| case.name.contains(only) && !known(case);
     let wanted: Vec<Case> = cases::all(&board, soak)
         .into_iter()
-        .filter(|case| case.name.contains(only) && !known(&case.name))
+        .filter(wanted)
         .collect();
+    println!("{} cases under QEMU {}", wanted.len(), bench.qemu.version());
     let (alone, together): (Vec<Case>, Vec<Case>) = wanted.into_iter().partition(|case| case.alone);
-    println!(
-        "{} cases under QEMU {}",
-        alone.len() + together.len(),
-        bench.qemu.version()
-    );
-    let next = AtomicUsize::new(0);
-    let work = || {
-        while let Some(case) = together.get(next.fetch_add(1, Ordering::Relaxed)) {
-            finish(case, &bench);
-        }
-    };
-    thread::scope(|scope| (0..workers()).for_each(|_| drop(scope.spawn(work))));
-    for case in &alone {
-        finish(case, &bench);
-    }
-    tally
-        .into_inner()
-        .map_err(|_| anyhow!("a case ended this program's thread"))
+    let ledger = Mutex::new(Ledger {
+        tally: Tally::default(),
+        record,
+    });
+    work(&bench, &together, workers(), &ledger);
+    work(&bench, &alone, 1, &ledger);
+    let ledger = ledger.into_inner().unwrap_or_else(PoisonError::into_inner);
+    Ok(ledger.tally)
 }
 
-fn remember(record: &Mutex<Record>, name: &str) {
-    let mut record = record
-        .lock()
-        .unwrap_or_else(std::sync::PoisonError::into_inner);
-    if let Err(error) = record.add(name) {
-        eprintln!("the soak record could not be written: {error:#}");
+/// Takes cases from the list until it is empty, `workers` at a time.
+fn work(bench: &Bench, cases: &[Case], workers: usize, ledger: &Mutex<Ledger>) {
+    let next = AtomicUsize::new(0);
+    let one = || {
+        while let Some(case) = cases.get(next.fetch_add(1, Ordering::Relaxed)) {
+            let start = Instant::now();
+            let result = bench.judge(case);
+            ledger.lock().unwrap_or_else(PoisonError::into_inner).note(
+                case,
+                start.elapsed(),
+                result,
+            );
+        }
+    };
+    thread::scope(|scope| (0..workers).for_each(|_| drop(scope.spawn(one))));
+}
+
+impl Ledger {
+    fn note(&mut self, case: &Case, took: Duration, result: Result<()>) {
+        if let Err(error) = result {
+            println!("FAILED  {}: {error:#}", case.name);
+            self.tally.fail(format!("{}: {error:#}", case.name));
+            return;
+        }
+        println!("ok      {} ({:.1} s)", case.name, took.as_secs_f64());
+        self.tally.passed += 1;
+        if let Some(Err(error)) = self.record.as_mut().map(|record| record.add(&case.name)) {
+            eprintln!("the soak record could not be written: {error:#}");
+        }
     }
 }
 
