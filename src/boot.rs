@@ -6,7 +6,9 @@
 mod cpus;
 mod memory;
 
+use alloc::boxed::Box;
 use alloc::string::String;
+use alloc::sync::Arc;
 use core::fmt::Write;
 use core::ops::Range;
 
@@ -17,8 +19,11 @@ use vellum::dev::machine::{self, Machine, Uart};
 use vellum::dev::pl011::Pl011;
 use vellum::dev::psci;
 use vellum::dev::tree::{self, Tree};
-use vellum::mmu::vmid;
+use vellum::mem::frames;
+use vellum::mmu::{Format, Services, TlbFeatures, VmidAllocator, vmid};
 use vellum::sync::percpu;
+use vellum::sync::quiescence::Domain;
+use vellum::vm::host::{self, Host};
 use vellum::{arch, log as console, panic};
 
 #[unsafe(no_mangle)]
@@ -34,9 +39,12 @@ extern "C" fn boot_cpu_main(tree: u64) -> ! {
         interrupts: machine.interrupts,
         idle_vttbr: idle_vttbr(),
     };
-    let features = cpus::start(&machine, &memory, shared);
+    let (shared, features) = cpus::start(&machine, &memory, shared);
     arch::set_lse(features.lse);
+    arch::set_coherent_guests(features.fwb);
     introduce(&machine, &memory, &features);
+    let host = host::install(share(machine, features, shared));
+    cpus::release(host);
     panic::exit(0)
 }
 
@@ -89,6 +97,29 @@ fn take_interrupt_controller(machine: &Machine) -> Gic {
     // SAFETY: the tree says where it is, the final map holds it, and this is its only driver.
     unsafe { Gic::new(&machine.gic, &affinities) }
         .unwrap_or_else(|error| panic::refuse(format_args!("{error}")))
+}
+
+/// What VMs share, shaped by the weakest CPU.
+fn share(machine: Machine, features: Features, shared: &'static cpus::Shared) -> Host {
+    let cpus = percpu::all().len();
+    let services = Services {
+        quiescence: Domain::new(cpus),
+        vmids: VmidAllocator::new(features.vmid_bits, cpus),
+        frames: Box::new(frames::System),
+        format: Format {
+            forced_write_back: features.fwb,
+        },
+        tlb: TlbFeatures {
+            range: features.tlbi_range,
+        },
+    };
+    Host {
+        machine,
+        gic: &shared.gic,
+        features,
+        services: Arc::new(services),
+        idle_vttbr: shared.idle_vttbr,
+    }
 }
 
 /// VTTBR_EL2 for CPUs without a guest: one empty table.

@@ -31,7 +31,7 @@ pub fn start(uart: Pl011) {
 
 /// Sends one line as it is; JSON lines go this way.
 pub fn line(text: fmt::Arguments<'_>) {
-    send(&mut *CONSOLE.lock(), text);
+    send(&mut CONSOLE.lock(), text);
 }
 
 /// As [`line`], for an epitaph: breaks the lock of a CPU that will not release it any more.
@@ -39,13 +39,13 @@ pub fn last_line(text: fmt::Arguments<'_>) {
     const PATIENCE: u32 = 1 << 24;
     for _ in 0..PATIENCE {
         if let Some(mut console) = CONSOLE.try_lock() {
-            return send(&mut *console, text);
+            return send(&mut console, text);
         }
         arch::yield_now();
     }
     // SAFETY: the machine is being switched off; a line of the lock's holder may be garbled, nothing else.
     unsafe { CONSOLE.force_unlock() };
-    send(&mut *CONSOLE.lock(), text);
+    send(&mut CONSOLE.lock(), text);
 }
 
 /// Waits until everything has left the machine.

@@ -11,11 +11,12 @@ use spin::Once;
 use vellum::addr::Pa;
 use vellum::arch::boot::{Launch, other_cpu_entry_point};
 use vellum::arch::features::Features;
-use vellum::dev::gic::Gic;
+use vellum::dev::gic::{Gic, KICK};
 use vellum::dev::machine::{Interrupts, Machine};
 use vellum::dev::psci;
 use vellum::sync::percpu::{self, CpuBlock};
 use vellum::trace::ring::Mark;
+use vellum::vm::host::{self, Host};
 use vellum::{arch, panic};
 
 use super::memory::{Memory, Stacks, zeroed_page};
@@ -60,8 +61,12 @@ pub(super) fn boot_cpu_first(machine: &mut Machine) {
     }
 }
 
-/// Brings all CPUs up and returns what the weakest can do.
-pub(super) fn start(machine: &Machine, memory: &Memory, shared: Shared) -> Features {
+/// Brings all CPUs up and returns what the weakest can do. The others then sleep until [`release`].
+pub(super) fn start(
+    machine: &Machine,
+    memory: &Memory,
+    shared: Shared,
+) -> (&'static Shared, Features) {
     let shared = SHARED.call_once(|| shared);
     let cpus = FOUND.call_once(|| describe(machine, memory));
     come_up(0, cpus, shared);
@@ -84,9 +89,18 @@ pub(super) fn start(machine: &Machine, memory: &Memory, shared: Shared) -> Featu
     wait(cpus);
     number(cpus, &shared.gic);
     let online = cpus.iter().filter_map(|it| it.features.get().copied());
-    online
-        .reduce(Features::weakest)
-        .unwrap_or_else(|| panic::refuse(format_args!("no CPU came up")))
+    match online.reduce(Features::weakest) {
+        Some(weakest) => (shared, weakest),
+        None => panic::refuse(format_args!("no CPU came up")),
+    }
+}
+
+/// Lets the other CPUs run guests: they find the host installed.
+pub(super) fn release(host: &Host) {
+    arch::level_with(&host.features);
+    for cpu in 1..host.cpus() {
+        host.gic.send_sgi(cpu, KICK);
+    }
 }
 
 fn describe(machine: &Machine, memory: &Memory) -> Vec<Cpu> {
@@ -169,13 +183,23 @@ fn come_up(found: usize, cpus: &[Cpu], shared: &Shared) {
     }
 }
 
-/// The other CPUs' first Rust.
+/// The other CPUs' first Rust: comes up, and returns once guests may run.
 pub(super) fn join(found: u64) {
     arch::boot::forbid_writable_code();
-    if let (Some(shared), Some(cpus), Ok(found)) =
-        (SHARED.get(), FOUND.get(), usize::try_from(found))
-    {
-        come_up(found, cpus, shared);
+    let (Some(shared), Some(cpus), Ok(found)) = (SHARED.get(), FOUND.get(), usize::try_from(found))
+    else {
+        return;
+    };
+    come_up(found, cpus, shared);
+    loop {
+        arch::wfi();
+        while let Some(irq) = shared.gic.acknowledge() {
+            shared.gic.priority_drop(irq);
+            shared.gic.deactivate(irq);
+        }
+        if let Some(host) = host::get() {
+            return arch::level_with(&host.features);
+        }
     }
 }
 

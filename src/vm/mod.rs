@@ -3,5 +3,6 @@
 //! Whatever a guest does gets an answer a machine would give (data, UNDEF, external abort, PSCI error), or its VM is
 //! stopped with a reason; nothing here panics on a guest's account. This layer never sees a descriptor.
 
+pub mod host;
 mod short;
 pub mod trap;

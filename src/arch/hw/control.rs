@@ -25,6 +25,9 @@ const HCR_TLOR: u64 = 1 << 35;
 /// HCR_EL2.APK and API: pointer authentication does not trap.
 const HCR_PAUTH: u64 = 1 << 40 | 1 << 41;
 
+/// HCR_EL2.FWB: stage 2 decides cacheability.
+const HCR_FWB: u64 = 1 << 46;
+
 /// CPTR_EL2 bits that are RES1 without E2H; bits 8 and 12 trap SVE and SME where these exist.
 const CPTR_RES1: u64 = 0x33ff;
 /// CPTR_EL2.TTA and TAM: trace and activity monitors trap.
@@ -46,29 +49,6 @@ const SCTLR_EL1_RES1: u64 = 0x30d0_0800;
 /// VTCR_EL2 of a CPU without a guest: RES1, 4 KiB granule, 32-bit addresses from level 1, which the empty root serves.
 const VTCR_IDLE: u64 = 1 << 31 | 32 | 0b01 << 6;
 
-/// HCR_EL2 for every guest: what no VM chooses.
-pub fn hcr(features: &Features) -> u64 {
-    let always = HCR_EL2::RW::EL1IsAarch64
-        + HCR_EL2::VM::Enable
-        + HCR_EL2::SWIO::SET
-        + HCR_EL2::AMO::SET
-        + HCR_EL2::IMO::EnableVirtualIRQ
-        + HCR_EL2::FMO::EnableVirtualFIQ
-        + HCR_EL2::TSC::EnableTrapEl1SmcToEl2;
-    let pauth = if features.pauth { HCR_PAUTH } else { 0 };
-    always.value | HCR_PTW | HCR_FB | HCR_BSU_INNER | HCR_TRAPS | HCR_TLOR | pauth
-}
-
-/// MDCR_EL2: all event counters stay EL1's (and trap), so HPMN is their number.
-fn mdcr(features: &Features) -> u64 {
-    let counters = if features.pmu {
-        mrs!("pmcr_el0") >> 11 & 0x1f
-    } else {
-        0
-    };
-    counters | MDCR_PMU | MDCR_DEBUG | MDCR_PROFILING
-}
-
 macro_rules! table {
     ($(if $given:expr => { $($name:literal = $value:expr;)* })*) => {$(
         if $given {
@@ -79,6 +59,40 @@ macro_rules! table {
             )*
         }
     )*};
+}
+
+/// HCR_EL2 for every guest: what no VM chooses. The same on all CPUs, so `features` are the weakest's.
+fn hcr(features: &Features) -> u64 {
+    let always = HCR_EL2::RW::EL1IsAarch64
+        + HCR_EL2::VM::Enable
+        + HCR_EL2::SWIO::SET
+        + HCR_EL2::AMO::SET
+        + HCR_EL2::IMO::EnableVirtualIRQ
+        + HCR_EL2::FMO::EnableVirtualFIQ
+        + HCR_EL2::TSC::EnableTrapEl1SmcToEl2;
+    let pauth = if features.pauth { HCR_PAUTH } else { 0 };
+    let fwb = if features.fwb { HCR_FWB } else { 0 };
+    always.value | HCR_PTW | HCR_FB | HCR_BSU_INNER | HCR_TRAPS | HCR_TLOR | pauth | fwb
+}
+
+/// Adapts this CPU, which holds no vCPU, to what the `weakest` CPU can do.
+pub fn level_with(weakest: &Features) {
+    table! {
+        if true => {
+            "hcr_el2" = hcr(weakest);
+        }
+    }
+    isb();
+}
+
+/// MDCR_EL2: all event counters stay EL1's (and trap), so HPMN is their number.
+fn mdcr(features: &Features) -> u64 {
+    let counters = if features.pmu {
+        mrs!("pmcr_el0") >> 11 & 0x1f
+    } else {
+        0
+    };
+    counters | MDCR_PMU | MDCR_DEBUG | MDCR_PROFILING
 }
 
 /// Writes the table on this CPU, which has `features`, holds no vCPU and rests on the empty stage-2 tables that

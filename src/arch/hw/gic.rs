@@ -1,7 +1,8 @@
-//! The GICv3 CPU interface: ICC_* and the resting values of ICH_* (Arm IHI 0069H, 12).
+//! The GICv3 CPU interface: ICC_* (Arm IHI 0069H, 12).
 
 use super::registers::{mrs, msr};
 use super::{dsb_ishst, isb};
+use crate::arch::ich_reset;
 
 /// ICC_SRE_EL2: system registers for EL2 (SRE) and for guests (Enable), no bypass (DFB, DIB).
 const SRE_ALL: u64 = 0b1111;
@@ -31,42 +32,10 @@ pub fn icc_init() -> bool {
     write!("icc_pmr_el1", PMR_ALL);
     write!("icc_bpr1_el1", 0_u64);
     write!("icc_ctlr_el1", CTLR_EOIMODE);
-    write!("ich_hcr_el2", 0_u64);
-    write!("ich_vmcr_el2", 0_u64);
-    reset_list_registers();
+    ich_reset();
     write!("icc_igrpen1_el1", GROUP_ENABLED);
     isb();
     mrs!("icc_ctlr_el1") & CTLR_RSS != 0
-}
-
-fn reset_list_registers() {
-    const LIST_REGISTERS: u64 = 0x1f;
-    const PRE_BITS: u32 = 26;
-    let vtr = mrs!("ich_vtr_el2");
-    let count = (vtr & LIST_REGISTERS) + 1;
-    macro_rules! lists {
-        ($($index:literal $name:literal)*) => {
-            $(if count > $index { write!($name, 0_u64); })*
-        };
-    }
-    lists! {
-        0 "ich_lr0_el2" 1 "ich_lr1_el2" 2 "ich_lr2_el2" 3 "ich_lr3_el2" 4 "ich_lr4_el2" 5 "ich_lr5_el2"
-        6 "ich_lr6_el2" 7 "ich_lr7_el2" 8 "ich_lr8_el2" 9 "ich_lr9_el2" 10 "ich_lr10_el2" 11 "ich_lr11_el2"
-        12 "ich_lr12_el2" 13 "ich_lr13_el2" 14 "ich_lr14_el2" 15 "ich_lr15_el2"
-    }
-    let preemption_bits = (vtr >> PRE_BITS & 7) + 1;
-    write!("ich_ap0r0_el2", 0_u64);
-    write!("ich_ap1r0_el2", 0_u64);
-    if preemption_bits >= 6 {
-        write!("ich_ap0r1_el2", 0_u64);
-        write!("ich_ap1r1_el2", 0_u64);
-    }
-    if preemption_bits >= 7 {
-        write!("ich_ap0r2_el2", 0_u64);
-        write!("ich_ap1r2_el2", 0_u64);
-        write!("ich_ap0r3_el2", 0_u64);
-        write!("ich_ap1r3_el2", 0_u64);
-    }
 }
 
 /// ICC_IAR1_EL1: takes the most urgent interrupt, if any.
@@ -75,7 +44,7 @@ pub fn icc_iar1() -> Option<u32> {
     const INTID: u64 = 0xff_ffff;
     let intid = (mrs!("icc_iar1_el1") & INTID) as u32;
     super::dsb_nsh();
-    (intid < SPECIAL || intid > SPECIAL + 3).then_some(intid)
+    (!(SPECIAL..SPECIAL + 4).contains(&intid)).then_some(intid)
 }
 
 /// ICC_EOIR1_EL1: drops the running priority.

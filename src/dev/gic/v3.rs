@@ -93,7 +93,7 @@ impl Gic {
         let mut redistributor = GicRedistributor::new(unsafe { UniqueMmioPointer::new(frames) });
         redistributor.power_on();
         // An error says that it is awake already, which is as good.
-        drop(redistributor.mark_core_awake());
+        let (Ok(()) | Err(_)) = redistributor.mark_core_awake();
         redistributor.configure_default_settings();
         this.redistributor.write(GICR_ICPENDR0, !0);
         this.redistributor.write(GICR_ICACTIVER0, !0);

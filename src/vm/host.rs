@@ -1,0 +1,53 @@
+//! What all VMs of this machine share: made by boot, once, and never changed.
+
+use alloc::sync::Arc;
+
+use spin::Once;
+
+use crate::arch::features::Features;
+use crate::dev::gic::Gic;
+use crate::dev::machine::Machine;
+use crate::mmu::Services;
+
+/// The machine as VMs use it. CPUs are numbered from 0, which is the controller's and runs no guest.
+pub struct Host {
+    /// What the firmware tables told.
+    pub machine: Machine,
+    /// The physical interrupt controller.
+    pub gic: &'static Gic,
+    /// What the weakest CPU can do.
+    pub features: Features,
+    /// What the MMUs share: grace periods, VMIDs, frames for tables.
+    pub services: Arc<Services>,
+    /// VTTBR_EL2 of a CPU without a guest: tables that translate nothing, under the reserved VMID.
+    pub idle_vttbr: u64,
+}
+
+impl core::fmt::Debug for Host {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.debug_struct("Host")
+            .field("machine", &self.machine)
+            .field("features", &self.features)
+            .finish_non_exhaustive()
+    }
+}
+
+static HOST: Once<Host> = Once::new();
+
+impl Host {
+    /// Number of CPUs that run.
+    pub fn cpus(&self) -> usize {
+        self.services.quiescence.cpus()
+    }
+}
+
+/// Makes `host` known to every CPU. Called once, by boot.
+pub fn install(host: Host) -> &'static Host {
+    HOST.call_once(|| host)
+}
+
+/// The machine, or `None` before boot has installed it.
+#[inline]
+pub fn get() -> Option<&'static Host> {
+    HOST.get()
+}
