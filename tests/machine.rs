@@ -1,0 +1,458 @@
+//! Device trees of machines that exist, of machines that cannot be used, and of no machine at all.
+
+use vellum::addr::Pa;
+use vellum::dev::machine::{self, CpuInfo, Error, Gic, Machine, Uart};
+use vellum::dev::psci::Conduit;
+use vellum::dev::tree::{self, Tree};
+use vm_fdt::{FdtReserveEntry, FdtWriter, FdtWriterNode};
+
+const GIC_PHANDLE: u32 = 7;
+
+/// What differs between the trees of these tests; the rest is as QEMU's `virt` board has it.
+struct Virt {
+    cpus: u32,
+    memory: Vec<(u64, u64)>,
+    gic: u32,
+    redistributors: Vec<(u64, u64)>,
+    chosen: fn(&mut FdtWriter),
+}
+
+impl Default for Virt {
+    fn default() -> Self {
+        Self {
+            cpus: 2,
+            memory: vec![(0x4000_0000, 0x2000_0000)],
+            gic: 3,
+            redistributors: vec![(0x080a_0000, 0x00f6_0000)],
+            chosen: |fdt| {
+                fdt.property_string("stdout-path", "/pl011@9000000")
+                    .unwrap();
+                fdt.property_string("bootargs", "suite=none vcpus=1")
+                    .unwrap();
+            },
+        }
+    }
+}
+
+fn node(fdt: &mut FdtWriter, name: &str, body: impl FnOnce(&mut FdtWriter)) {
+    let node: FdtWriterNode = fdt.begin_node(name).unwrap();
+    body(fdt);
+    fdt.end_node(node).unwrap();
+}
+
+impl Virt {
+    fn bytes(&self) -> Vec<u8> {
+        let reserved = [FdtReserveEntry::new(0x4100_0000, 0x1800).unwrap()];
+        let mut fdt = FdtWriter::new_with_mem_reserv(&reserved).unwrap();
+        node(&mut fdt, "", |fdt| {
+            fdt.property_string("compatible", "linux,dummy-virt")
+                .unwrap();
+            fdt.property_u32("#address-cells", 2).unwrap();
+            fdt.property_u32("#size-cells", 2).unwrap();
+            fdt.property_u32("interrupt-parent", GIC_PHANDLE).unwrap();
+            node(fdt, "psci", |fdt| {
+                fdt.property_string_list(
+                    "compatible",
+                    vec!["arm,psci-1.0".into(), "arm,psci-0.2".into()],
+                )
+                .unwrap();
+                fdt.property_string("method", "smc").unwrap();
+            });
+            for &(start, bytes) in &self.memory {
+                node(fdt, &format!("memory@{start:x}"), |fdt| {
+                    fdt.property_string("device_type", "memory").unwrap();
+                    fdt.property_array_u64("reg", &[start, bytes]).unwrap();
+                });
+            }
+            node(fdt, "reserved-memory", |fdt| {
+                fdt.property_u32("#address-cells", 2).unwrap();
+                fdt.property_u32("#size-cells", 2).unwrap();
+                fdt.property_null("ranges").unwrap();
+                node(fdt, "firmware@42000000", |fdt| {
+                    fdt.property_array_u64("reg", &[0x4200_0000, 0x1_0000])
+                        .unwrap();
+                });
+            });
+            self.processors(fdt);
+            self.interrupt_controller(fdt);
+            node(fdt, "timer", |fdt| {
+                fdt.property_string("compatible", "arm,armv8-timer")
+                    .unwrap();
+                fdt.property_array_u32("interrupts", &[1, 13, 4, 1, 14, 4, 1, 11, 4, 1, 10, 4])
+                    .unwrap();
+            });
+            node(fdt, "pl011@9000000", |fdt| {
+                fdt.property_string_list(
+                    "compatible",
+                    vec!["arm,pl011".into(), "arm,primecell".into()],
+                )
+                .unwrap();
+                fdt.property_array_u64("reg", &[0x0900_0000, 0x1000])
+                    .unwrap();
+                fdt.property_array_u32("interrupts", &[0, 1, 4]).unwrap();
+            });
+            node(fdt, "chosen", self.chosen);
+        });
+        fdt.finish().unwrap()
+    }
+
+    fn processors(&self, fdt: &mut FdtWriter) {
+        node(fdt, "cpus", |fdt| {
+            fdt.property_u32("#address-cells", 1).unwrap();
+            fdt.property_u32("#size-cells", 0).unwrap();
+            for cpu in 0..self.cpus {
+                let affinity = cpu / 16 << 8 | cpu % 16;
+                node(fdt, &format!("cpu@{affinity:x}"), |fdt| {
+                    fdt.property_string("device_type", "cpu").unwrap();
+                    fdt.property_string("enable-method", "psci").unwrap();
+                    fdt.property_u32("reg", affinity).unwrap();
+                });
+            }
+        });
+    }
+
+    fn interrupt_controller(&self, fdt: &mut FdtWriter) {
+        let (compatible, regions) = match self.gic {
+            3 => (
+                "arm,gic-v3",
+                [&[(0x0800_0000, 0x1_0000)], self.redistributors.as_slice()].concat(),
+            ),
+            2 => (
+                "arm,cortex-a15-gic",
+                (0..4)
+                    .map(|frame| {
+                        (
+                            0x0800_0000 + [0, 0x1_0000, 0x3_0000, 0x4_0000][frame],
+                            0x1_0000,
+                        )
+                    })
+                    .collect(),
+            ),
+            _ => return,
+        };
+        node(fdt, "intc@8000000", |fdt| {
+            fdt.property_string("compatible", compatible).unwrap();
+            fdt.property_u32("#interrupt-cells", 3).unwrap();
+            fdt.property_u32("#redistributor-regions", self.redistributors.len() as u32)
+                .unwrap();
+            fdt.property_array_u32("interrupts", &[1, 9, 4]).unwrap();
+            let cells: Vec<u64> = regions
+                .iter()
+                .flat_map(|&(start, bytes)| [start, bytes])
+                .collect();
+            fdt.property_array_u64("reg", &cells).unwrap();
+            fdt.property_phandle(GIC_PHANDLE).unwrap();
+        });
+    }
+
+    fn machine(&self) -> Result<Machine, Error> {
+        Machine::new(&Tree::new(&self.bytes()).unwrap())
+    }
+}
+
+#[test]
+fn a_virt_board_is_understood() {
+    let bytes = Virt::default().bytes();
+    let tree = Tree::new(&bytes).unwrap();
+    let machine = Machine::new(&tree).unwrap();
+    assert_eq!(machine.board, "qemu-virt");
+    assert_eq!(
+        machine.cpus,
+        [
+            CpuInfo {
+                mpidr: 0,
+                psci: true
+            },
+            CpuInfo {
+                mpidr: 1,
+                psci: true
+            }
+        ]
+    );
+    assert_eq!(machine.ram, [Pa::new(0x4000_0000)..Pa::new(0x6000_0000)]);
+    let reserved = [(0x4100_0000, 0x4100_2000), (0x4200_0000, 0x4201_0000)];
+    assert_eq!(
+        machine.reserved,
+        reserved.map(|(start, end)| Pa::new(start)..Pa::new(end))
+    );
+    assert_eq!(machine.psci, Some(Conduit::Smc));
+    assert_eq!(machine.bootargs, "suite=none vcpus=1");
+    let interrupts = machine.interrupts;
+    assert_eq!(
+        (
+            interrupts.maintenance,
+            interrupts.virtual_timer,
+            interrupts.hypervisor_timer
+        ),
+        (25, 27, 26)
+    );
+    assert_eq!(
+        machine::console(&tree),
+        Some(Uart {
+            base: Pa::new(0x0900_0000),
+            intid: Some(33),
+            full: true
+        })
+    );
+}
+
+#[test]
+fn redistributors_may_lie_in_several_regions() {
+    let redistributors = vec![(0x080a_0000, 0x00f6_0000), (0x40_0000_0000, 0x400_0000)];
+    let machine = Virt {
+        cpus: 128,
+        redistributors,
+        ..Default::default()
+    }
+    .machine()
+    .unwrap();
+    assert_eq!(machine.cpus.len(), 128);
+    let Gic::V3 { redistributors, .. } = machine.gic else {
+        panic!("not a GICv3")
+    };
+    assert_eq!(redistributors.len(), 2);
+    assert_eq!(
+        redistributors[1],
+        Pa::new(0x40_0000_0000)..Pa::new(0x40_0400_0000)
+    );
+}
+
+#[test]
+fn a_gicv2_brings_its_four_frames() {
+    let machine = Virt {
+        gic: 2,
+        ..Default::default()
+    }
+    .machine()
+    .unwrap();
+    let [
+        distributor,
+        cpu_interface,
+        hypervisor_interface,
+        virtual_interface,
+    ] = [0x0800_0000, 0x0801_0000, 0x0803_0000, 0x0804_0000].map(Pa::new);
+    assert_eq!(
+        machine.gic,
+        Gic::V2 {
+            distributor,
+            cpu_interface,
+            hypervisor_interface,
+            virtual_interface
+        }
+    );
+}
+
+#[test]
+fn an_initial_ram_disk_is_not_free_memory() {
+    let chosen = |fdt: &mut FdtWriter| {
+        fdt.property_u32("linux,initrd-start", 0x4800_0000).unwrap();
+        fdt.property_u64("linux,initrd-end", 0x4800_1234).unwrap();
+    };
+    let machine = Virt {
+        chosen,
+        ..Default::default()
+    }
+    .machine()
+    .unwrap();
+    let disk = Pa::new(0x4800_0000)..Pa::new(0x4800_2000);
+    assert_eq!(machine.initrd, Some(disk.clone()));
+    assert!(machine.reserved.contains(&disk));
+}
+
+#[test]
+fn machines_that_cannot_be_used_are_refused() {
+    let refused = [
+        (
+            Virt {
+                gic: 0,
+                ..Default::default()
+            },
+            Error::NoGic,
+        ),
+        (
+            Virt {
+                cpus: 0,
+                ..Default::default()
+            },
+            Error::NoCpus,
+        ),
+        (
+            Virt {
+                cpus: 9,
+                gic: 2,
+                ..Default::default()
+            },
+            Error::ManyCpus(9, 8),
+        ),
+        (
+            Virt {
+                cpus: 513,
+                ..Default::default()
+            },
+            Error::ManyCpus(513, 512),
+        ),
+        (
+            Virt {
+                memory: vec![],
+                ..Default::default()
+            },
+            Error::NoMemory,
+        ),
+        (
+            Virt {
+                memory: vec![(0x4000_0000, 64 << 20)],
+                ..Default::default()
+            },
+            Error::LittleMemory(64 << 20),
+        ),
+        (
+            Virt {
+                redistributors: vec![],
+                ..Default::default()
+            },
+            Error::NoGic,
+        ),
+    ];
+    for (virt, error) in refused {
+        assert_eq!(virt.machine().unwrap_err(), error);
+        assert!(!error.to_string().contains('\n'), "one line");
+    }
+}
+
+/// A board whose devices sit behind a bus that moves addresses, whose root sizes have one cell, and whose console is an
+/// alias.
+fn board_behind_a_bus() -> Vec<u8> {
+    let mut fdt = FdtWriter::new().unwrap();
+    node(&mut fdt, "", |fdt| {
+        fdt.property_string("compatible", "raspberrypi,4-model-b")
+            .unwrap();
+        fdt.property_u32("#address-cells", 2).unwrap();
+        fdt.property_u32("#size-cells", 1).unwrap();
+        node(fdt, "aliases", |fdt| {
+            fdt.property_string("serial0", "/soc/serial@7e201000")
+                .unwrap()
+        });
+        node(fdt, "chosen", |fdt| {
+            fdt.property_string("stdout-path", "serial0:115200n8")
+                .unwrap()
+        });
+        node(fdt, "soc", |fdt| {
+            fdt.property_u32("#address-cells", 1).unwrap();
+            fdt.property_u32("#size-cells", 1).unwrap();
+            fdt.property_array_u32(
+                "ranges",
+                &[
+                    0x7e00_0000,
+                    0,
+                    0xfe00_0000,
+                    0x0180_0000,
+                    0x4000_0000,
+                    0,
+                    0xff80_0000,
+                    0x0080_0000,
+                ],
+            )
+            .unwrap();
+            node(fdt, "serial@7e201000", |fdt| {
+                fdt.property_string("compatible", "arm,pl011").unwrap();
+                fdt.property_array_u32("reg", &[0x7e20_1000, 0x200])
+                    .unwrap();
+            });
+            node(fdt, "elsewhere@0", |fdt| {
+                fdt.property_string("compatible", "test,elsewhere").unwrap();
+                fdt.property_array_u32("reg", &[0x7f80_0000, 0x1000, 0x7f7f_f000, 0x1000])
+                    .unwrap();
+            });
+        });
+    });
+    fdt.finish().unwrap()
+}
+
+#[test]
+fn addresses_are_translated_through_buses() {
+    let bytes = board_behind_a_bus();
+    let tree = Tree::new(&bytes).unwrap();
+    let uart = machine::console(&tree).unwrap();
+    assert_eq!(
+        uart,
+        Uart {
+            base: Pa::new(0xfe20_1000),
+            intid: None,
+            full: true
+        }
+    );
+    let elsewhere = tree.compatible(&["test,elsewhere"]).unwrap();
+    assert_eq!(
+        elsewhere.regions(),
+        [(Pa::new(0xff7f_f000), 0x1000)],
+        "what no range covers is unreachable"
+    );
+}
+
+#[test]
+fn erased_properties_are_skipped() {
+    let mut bytes = Virt::default().bytes();
+    let method = [0, 0, 0, 4, b's', b'm', b'c', 0];
+    let at = bytes
+        .windows(8)
+        .position(|it| it[4..] == method[4..] && it[..4] != [0, 0, 0, 3])
+        .unwrap();
+    // Length, name and value of the property, and the token before them, become NOPs.
+    for word in bytes[at - 8..at + 8].chunks_exact_mut(4) {
+        word.copy_from_slice(&4_u32.to_be_bytes());
+    }
+    let tree = Tree::new(&bytes).unwrap();
+    assert_eq!(machine::conduit(&tree), None);
+    assert!(Machine::new(&tree).is_ok());
+}
+
+/// Reads everything that boot reads.
+fn digest(bytes: &[u8]) {
+    tree::total_bytes(bytes);
+    if let Ok(tree) = Tree::new(bytes) {
+        machine::console(&tree);
+        machine::conduit(&tree);
+        if let Err(error) = Machine::new(&tree) {
+            assert!(!error.to_string().is_empty());
+        }
+    }
+}
+
+#[test]
+fn no_tree_is_bad_enough_to_panic() {
+    let mut random = 0x2545_f491_4f6c_dd1d_u64;
+    let mut next = |below: usize| {
+        random ^= random << 13;
+        random ^= random >> 7;
+        random ^= random << 17;
+        usize::try_from(random % below as u64).unwrap()
+    };
+    for original in [
+        Virt::default().bytes(),
+        Virt {
+            gic: 2,
+            ..Default::default()
+        }
+        .bytes(),
+        board_behind_a_bus(),
+    ] {
+        for length in 0..original.len() {
+            digest(&original[..length]);
+        }
+        for _ in 0..20_000 {
+            let mut bytes = original.clone();
+            for _ in 0..=next(4) {
+                let at = next(bytes.len());
+                bytes[at] = [0, 1, 4, 9, 0x7f, 0x80, 0xff, next(256) as u8][next(8)];
+            }
+            digest(&bytes);
+        }
+        for at in (0..original.len() - 3).step_by(4) {
+            for word in [0_u32, 1, 2, 3, 4, 9, 0x7fff_ffff, 0xffff_fffc, 0xffff_ffff] {
+                let mut bytes = original.clone();
+                bytes[at..at + 4].copy_from_slice(&word.to_be_bytes());
+                digest(&bytes);
+            }
+        }
+    }
+}
