@@ -11,7 +11,7 @@ use crate::machine::{Machine, Timing};
 #[derive(clap::Args, Clone, Debug)]
 pub(crate) struct Options {
     /// Numbers of vCPUs [default: 1,2,4,8]
-    #[arg(long, value_delimiter = ',', value_name = "N,..", value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_delimiter = ',', value_name = "N,..", value_parser = clap::value_parser!(u32).range(1..=127))]
     pub(crate) vcpus: Vec<u32>,
     /// Locking modes of the MMU: mutex, rwlock, lockless [default: all]
     #[arg(long, value_delimiter = ',', value_name = "MODE,..")]
@@ -149,8 +149,13 @@ impl Options {
             .memory
             .unwrap_or(256 + 2 * guest_mib.next_power_of_two());
         machine.timing = timing;
+        let smallest = Machine {
+            cpus: 1,
+            ..machine.clone()
+        };
+        board.accept(&smallest)?;
         if let Err(error) = board.accept(&machine) {
-            bail!("{vcpus} vCPUs and the controller: {error}");
+            bail!("{vcpus} vCPUs and the controller: {error}; ask for fewer --vcpus");
         }
         Ok(machine)
     }
