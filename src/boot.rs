@@ -161,7 +161,7 @@ fn introduce(machine: &Machine, memory: &memory::Memory, features: &Features) {
     log::info!("mitigations: {}", mitigations(features));
     console::line(format_args!(
         r#"{{"vellum":"machine","board":"{}","cpu":"{cpu}","cpus":{cpus},"memory_mib":{mib},"gic":{gic},"features":[{names}]}}"#,
-        machine.board
+        console::Escaped(&machine.board)
     ));
 }
 

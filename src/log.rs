@@ -65,6 +65,28 @@ fn send(console: &mut Option<Pl011>, text: fmt::Arguments<'_>) {
     }
 }
 
+/// A value's text as the inside of a JSON string.
+#[derive(Debug)]
+pub struct Escaped<T>(pub T);
+
+impl<T: fmt::Display> fmt::Display for Escaped<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(Escape(f), "{}", self.0)
+    }
+}
+
+struct Escape<'a, 'b>(&'a mut fmt::Formatter<'b>);
+
+impl Write for Escape<'_, '_> {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        text.chars().try_for_each(|it| match it {
+            '"' | '\\' => write!(self.0, "\\{it}"),
+            control if control < ' ' => write!(self.0, "\\u{:04x}", u32::from(control)),
+            other => self.0.write_char(other),
+        })
+    }
+}
+
 /// Seconds since the counter started, to print.
 struct Uptime;
 
@@ -96,5 +118,16 @@ impl Log for Console {
 
     fn flush(&self) {
         flush();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Escaped;
+
+    #[test]
+    fn whatever_a_user_typed_stays_one_json_string() {
+        let typed = std::format!("{}", Escaped(format_args!("suite={}", "a\"b\\c\nd")));
+        assert_eq!(typed, r#"suite=a\"b\\c\u000ad"#);
     }
 }

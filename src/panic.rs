@@ -4,13 +4,13 @@
 //! machine switched off. When the hypervisor itself is at fault an epitaph comes first: where, why, the registers of an
 //! exception taken from EL2, and what this CPU did last. Writing it touches no guest state.
 
-use core::fmt::Arguments;
+use core::fmt::{self, Arguments};
 use core::panic::PanicInfo;
 use core::sync::atomic::{AtomicBool, Ordering};
 
 use crate::arch;
 use crate::dev::psci;
-use crate::log::{flush, last_line};
+use crate::log::{Escaped, flush, last_line};
 use crate::sync::percpu;
 
 /// Exit status after a panic.
@@ -30,7 +30,10 @@ pub fn exit(status: u32) -> ! {
 
 /// Ends a run that cannot be done, saying why in one line.
 pub fn refuse(reason: Arguments<'_>) -> ! {
-    last_line(format_args!(r#"{{"vellum":"error","text":"{reason}"}}"#));
+    last_line(format_args!(
+        r#"{{"vellum":"error","text":"{}"}}"#,
+        Escaped(reason)
+    ));
     exit(REFUSED)
 }
 
@@ -96,18 +99,30 @@ extern "C" fn fatal_exception(registers: &Registers, vector: u64) -> ! {
         arch::image_base()
     ));
     for (row, values) in registers.x.chunks(4).enumerate() {
-        let first = row * 4;
-        match *values {
-            [a, b, c, d] => last_line(format_args!(
-                "  x{first:<2} {a:#018x} {b:#018x} {c:#018x} {d:#018x}"
-            )),
-            _ => values
-                .iter()
-                .for_each(|it| last_line(format_args!("  x{first:<2} {it:#018x}"))),
-        }
+        last_line(format_args!(
+            "  {}",
+            Row {
+                first: row * 4,
+                values
+            }
+        ));
     }
     last_events();
     exit(PANICKED)
+}
+
+/// Some registers on a line.
+struct Row<'a> {
+    first: usize,
+    values: &'a [u64],
+}
+
+impl fmt::Display for Row<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        (self.first..)
+            .zip(self.values)
+            .try_for_each(|(number, value)| write!(f, "x{number:<2} {value:#018x}  "))
+    }
 }
 
 /// Makes this the CPU that writes, or sleeps for ever when another is.

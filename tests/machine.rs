@@ -133,8 +133,11 @@ impl Virt {
         node(fdt, "intc@8000000", |fdt| {
             fdt.property_string("compatible", compatible).unwrap();
             fdt.property_u32("#interrupt-cells", 3).unwrap();
-            fdt.property_u32("#redistributor-regions", self.redistributors.len() as u32)
-                .unwrap();
+            fdt.property_u32(
+                "#redistributor-regions",
+                u32::try_from(self.redistributors.len()).unwrap(),
+            )
+            .unwrap();
             fdt.property_array_u32("interrupts", &[1, 9, 4]).unwrap();
             let cells: Vec<u64> = regions
                 .iter()
@@ -443,7 +446,16 @@ fn no_tree_is_bad_enough_to_panic() {
             let mut bytes = original.clone();
             for _ in 0..=next(4) {
                 let at = next(bytes.len());
-                bytes[at] = [0, 1, 4, 9, 0x7f, 0x80, 0xff, next(256) as u8][next(8)];
+                bytes[at] = [
+                    0,
+                    1,
+                    4,
+                    9,
+                    0x7f,
+                    0x80,
+                    0xff,
+                    u8::try_from(next(256)).unwrap(),
+                ][next(8)];
             }
             digest(&bytes);
         }
