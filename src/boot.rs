@@ -12,7 +12,8 @@ use alloc::sync::Arc;
 use core::fmt::Write;
 use core::ops::Range;
 
-use vellum::addr::{Pa, to_usize};
+use vellum::addr::{PAGE_BYTES, Pa, to_usize};
+use vellum::arch::boot::Unusable;
 use vellum::arch::features::{Features, cpu_name};
 use vellum::dev::gic::Gic;
 use vellum::dev::machine::{self, Machine, Uart};
@@ -56,14 +57,19 @@ extern "C" fn other_cpu_main(found: u64) -> ! {
     }
 }
 
-/// The entry code's last resort when it was started one exception level too low.
+/// The entry code's last resort where EL2 cannot be used.
 #[unsafe(no_mangle)]
-extern "C" fn refuse_below_el2(tree: u64) -> ! {
+extern "C" fn refuse_to_boot(tree: u64, why: Unusable) -> ! {
     let (tree, _) = read_tree(Pa::new(tree));
     start_console(&tree);
-    panic::refuse(format_args!(
-        "started at EL1, but a hypervisor needs EL2 (QEMU: -machine virt,virtualization=on)"
-    ))
+    match why {
+        Unusable::El1 => panic::refuse(format_args!(
+            "started at EL1, but a hypervisor needs EL2 (QEMU: -machine virt,virtualization=on)"
+        )),
+        Unusable::E2h => panic::refuse(format_args!(
+            "this CPU has EL2 with E2H only (ID_AA64MMFR4_EL1.E2H0), which Vellum does not support"
+        )),
+    }
 }
 
 fn read_tree(at: Pa) -> (Tree<'static>, Range<Pa>) {
@@ -122,14 +128,19 @@ fn share(machine: Machine, features: Features, shared: &'static cpus::Shared) ->
     }
 }
 
-/// VTTBR_EL2 for CPUs without a guest: one empty table.
+/// VTTBR_EL2 for CPUs without a guest: empty tables, as many as any guest's root can be concatenated from.
 fn idle_vttbr() -> u64 {
-    match memory::zeroed_page() {
-        Some(root) => vmid::RESERVED.vttbr(root),
-        None => panic::refuse(format_args!(
-            "too little RAM: no page is left for an empty table"
-        )),
+    const ROOT_BYTES: u64 = 16 * PAGE_BYTES;
+    let Some(root) = frames::contiguous(ROOT_BYTES, ROOT_BYTES) else {
+        panic::refuse(format_args!(
+            "too little RAM: nothing is left for an empty table"
+        ))
+    };
+    for page in (0..root.bytes).step_by(to_usize(PAGE_BYTES)) {
+        // SAFETY: the page is new and nobody refers to it.
+        unsafe { arch::zero_page(Pa::new(root.pa.raw() + page)) };
     }
+    vmid::RESERVED.vttbr(root.pa)
 }
 
 /// Says what was found, to people and to programs.

@@ -36,20 +36,20 @@ boot_cpu_entry:
     msr     daifset, #0xf
     mov     x19, x0                     // device tree
     bl      check_device_tree
+    bl      judge_level
+    mov     x21, x0                     // why this is no place for a hypervisor, or 0
     bl      zero_bss
     bl      relocate
     bl      map_boot_memory
+    address x22, boot_cpu_block
+    address x9, boot_emergency_stack_top
+    str     x9, [x22, #{EMERGENCY_STACK_TOP}]
     bl      invalidate_image
-    mrs     x9, CurrentEL
-    cmp     x9, #{CURRENT_EL2}
-    b.ne    boot_cpu_below_el2
+    cbnz    x21, refuse
     bl      enter_el2
+    msr     tpidr_el2, x22
     address x0, early_tables
     bl      enable_mmu
-    address x9, boot_cpu_block
-    msr     tpidr_el2, x9
-    address x10, boot_emergency_stack_top
-    str     x10, [x9, #{EMERGENCY_STACK_TOP}]
     address x9, boot_stack_top
     mov     sp, x9
     mov     x29, xzr
@@ -63,6 +63,8 @@ boot_cpu_entry:
 other_cpu_entry:
     msr     daifset, #0xf
     mov     x19, x0
+    bl      judge_level
+    cbnz    x0, park                    // the boot CPU reports that this one did not come up
     bl      enter_el2
     ldr     x0, [x19, #{LAUNCH_TABLES}]
     bl      enable_mmu
@@ -75,8 +77,9 @@ other_cpu_entry:
     bl      other_cpu_main
     b       park
 
-// The hypervisor was started one level too low: run just enough Rust to say so.
-boot_cpu_below_el2:
+// Runs just enough Rust to say why not. EL1's registers control this level's translation: it is EL1, or EL2 with E2H,
+// whose accesses to them are redirected.
+refuse:
     constant x9, {MAIR}
     msr     mair_el1, x9
     mrs     x10, id_aa64mmfr0_el1
@@ -86,8 +89,12 @@ boot_cpu_below_el2:
     address x9, early_tables
     msr     ttbr0_el1, x9
     isb
+    cmp     x21, #{REFUSED_E2H}
+    b.eq    1f
     tlbi    vmalle1
-    ic      iallu
+    b       2f
+1:  tlbi    alle2
+2:  ic      iallu
     dsb     nsh
     isb
     constant x9, {SCTLR_EL1_ON}
@@ -98,10 +105,26 @@ boot_cpu_below_el2:
     mov     x29, xzr
     mov     x30, xzr
     mov     x0, x19
-    bl      refuse_below_el2
+    mov     x1, x21
+    bl      refuse_to_boot
 park:
     wfi
     b       park
+
+// x0 = why EL2 cannot be used as this hypervisor uses it, or 0. Clears E2H. Clobbers x9.
+judge_level:
+    mrs     x9, CurrentEL
+    cmp     x9, #{CURRENT_EL2}
+    mov     x0, #{REFUSED_EL1}
+    b.ne    1f
+    constant x9, {HCR_RESET}
+    msr     hcr_el2, x9
+    isb
+    mrs     x9, hcr_el2
+    ubfx    x9, x9, #34, #1             // E2H stays set where ID_AA64MMFR4_EL1.E2H0 says so
+    mov     x0, #{REFUSED_E2H}
+    mul     x0, x0, x9
+1:  ret
 
 // A tree that is absent, misaligned, no tree, or inside the image cannot be reported: nothing says where a UART is.
 // x19 = tree; x20 = its bytes. Clobbers x9-x11.
@@ -153,10 +176,9 @@ relocate:
 // Identity-maps the image, executable and writable until the final map replaces this one, and the tree, read-only.
 map_boot_memory:
     mov     x28, x30
-    mrs     x9, CurrentEL
     constant x1, {BLOCK_IMAGE}
     constant x10, {BLOCK_IMAGE_EL1}
-    cmp     x9, #{CURRENT_EL2}
+    cmp     x21, #0
     csel    x1, x1, x10, eq
     address x0, image_start
     address x7, image_end
@@ -234,15 +256,11 @@ invalidate_image:
     dsb     sy
     ret
 
-// Gives EL2 a known translation regime: not E2H, MMU off, vectors set. Rust writes the remaining registers.
+// Gives EL2 a known translation regime: MMU off, vectors set. Rust writes the remaining registers.
 enter_el2:
     constant x9, {SCTLR_OFF}
     msr     sctlr_el2, x9
-    constant x9, {HCR_RESET}
-    msr     hcr_el2, x9
     isb
-    mrs     x9, hcr_el2
-    tbnz    x9, #34, park               // E2H cannot be cleared; Rust cannot say so, its registers would be others'
     mrs     x9, s3_0_c0_c7_3            // ID_AA64MMFR3_EL1
     tst     x9, #0xf                    // TCRX
     b.eq    1f

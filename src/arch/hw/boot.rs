@@ -59,6 +59,16 @@ const _: () = assert!(
         | MAIR_EL1::Attr1_Device::nonGathering_nonReordering_EarlyWriteAck.value
 );
 
+/// Why the exception level at entry cannot be used, as the entry code passes it on.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[repr(u64)]
+pub enum Unusable {
+    /// The CPU was at EL1.
+    El1 = 1,
+    /// HCR_EL2.E2H cannot be cleared.
+    E2h = 2,
+}
+
 /// What a CPU that PSCI starts is given; read with its MMU off.
 #[derive(Debug)]
 #[repr(C, align(64))]
@@ -87,6 +97,8 @@ global_asm!(
     SCTLR_OFF = const SCTLR_EL2_RES1,
     SCTLR_ON = const SCTLR_ON,
     HCR_RESET = const HCR_EL2::RW::EL1IsAarch64.value,
+    REFUSED_EL1 = const Unusable::El1 as u64,
+    REFUSED_E2H = const Unusable::E2h as u64,
     R_AARCH64_RELATIVE = const R_AARCH64_RELATIVE,
     BLOCK_IMAGE = const stage1::BLOCK_IMAGE,
     BLOCK_IMAGE_EL1 = const stage1::BLOCK_IMAGE_EL1,

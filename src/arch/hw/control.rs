@@ -5,7 +5,7 @@
 //! TTBR0_EL2, VBAR_EL2, TCR2_EL2 and SCTLR2_EL2 are written by the entry code.
 
 use aarch64_cpu::registers::{
-    CNTHCTL_EL2, HCR_EL2, MIDR_EL1, MPIDR_EL1, Readable, SCTLR_EL1, TCR_EL1,
+    CNTHCTL_EL2, HCR_EL2, MIDR_EL1, MPIDR_EL1, Readable, SCTLR_EL1, TCR_EL1, VTCR_EL2,
 };
 
 use super::isb;
@@ -46,8 +46,17 @@ const MPAM_TRAPS: u64 = 1 << 48 | 1 << 49;
 /// SCTLR_EL1 bits that are RES1 in Armv8.0.
 const SCTLR_EL1_RES1: u64 = 0x30d0_0800;
 
-/// VTCR_EL2 of a CPU without a guest: RES1, 4 KiB granule, 32-bit addresses from level 1, which the empty root serves.
-const VTCR_IDLE: u64 = 1 << 31 | 32 | 0b01 << 6;
+/// VTCR_EL2 of a CPU without a guest: 32-bit addresses from level 1, which the empty root serves.
+fn vtcr_idle() -> u64 {
+    let value = VTCR_EL2::RES1::SET
+        + VTCR_EL2::T0SZ.val(32)
+        + VTCR_EL2::SL0.val(1)
+        + VTCR_EL2::IRGN0::NormalWBRAWA
+        + VTCR_EL2::ORGN0::NormalWBRAWA
+        + VTCR_EL2::SH0::Inner
+        + VTCR_EL2::TG0::Granule4KB;
+    value.value
+}
 
 macro_rules! table {
     ($(if $given:expr => { $($name:literal = $value:expr;)* })*) => {$(
@@ -108,7 +117,7 @@ pub fn write_control_registers(features: &Features, idle_vttbr: u64) {
     isb();
     table! {
         if true => {
-            "vtcr_el2" = VTCR_IDLE;
+            "vtcr_el2" = vtcr_idle();
             "vttbr_el2" = idle_vttbr;
             "hcr_el2" = hcr(features);
             "cptr_el2" = CPTR_RES1 | CPTR_TRAPS;
