@@ -268,7 +268,7 @@ impl Progress {
 /// `ns` of a run in the words of its timing: what a table's title says about its unit.
 pub(crate) fn unit(timing: Timing) -> (&'static str, f64) {
     match timing {
-        Timing::Wall => ("ms", 1e6),
+        Timing::Wall => ("microseconds", 1e3),
         Timing::Insn => ("thousands of instructions", 1e3),
     }
 }

@@ -258,7 +258,7 @@ mod tests {
         assert_eq!(charts[0].series.len(), 2);
         assert_eq!(
             charts[0].series[0].points,
-            [("1".to_owned(), 4.0), ("8".to_owned(), 80.0)]
+            [("1".to_owned(), 4000.0), ("8".to_owned(), 80_000.0)]
         );
     }
 }

@@ -19,7 +19,7 @@ pub(crate) struct Row {
 }
 
 impl Row {
-    /// Adds what only the host knows: the suite asked for, the emulator and the timing.
+    /// Adds what only the host knows: the suite asked for, the emulator, its own CPUs and the timing.
     pub(crate) fn new(
         row: Measured,
         suite: &str,
@@ -29,6 +29,8 @@ impl Row {
     ) -> Self {
         let mut machine = machine.clone();
         machine.insert("qemu".into(), qemu.into());
+        let host_cpus = std::thread::available_parallelism().map_or(1, usize::from);
+        machine.insert("host_cpus".into(), host_cpus.into());
         Self {
             suite: suite.to_owned(),
             case: row.case,
@@ -61,13 +63,14 @@ impl Row {
             None => "?".to_owned(),
         };
         format!(
-            "{} {}, GICv{}, {} CPUs, {} MiB, QEMU {}",
+            "{} {}, GICv{}, {} CPUs, {} MiB, QEMU {} on a host with {} CPUs",
             word("board"),
             word("cpu"),
             word("gic"),
             word("cpus"),
             word("memory_mib"),
-            word("qemu")
+            word("qemu"),
+            word("host_cpus")
         )
     }
 }
