@@ -8,6 +8,7 @@ mod fault;
 mod get;
 mod options;
 mod rows;
+mod starve;
 
 use std::io::IsTerminal as _;
 use std::process::ExitCode;
@@ -31,7 +32,7 @@ pub(crate) use rows::Row;
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// dirty: the phases of dirty logging; fault: instructions of one write fault, over CPU models; get: cost of reading
-    /// few dirty pages of large slots
+    /// few dirty pages of large slots; starve: how long the exclusive side of the MMU lock waits for faulting vCPUs
     #[arg(default_value = "dirty", value_name = "SUITE")]
     suites: Vec<Suite>,
     #[command(flatten)]
@@ -55,6 +56,7 @@ pub(crate) enum Suite {
     Dirty,
     Fault,
     Get,
+    Starve,
 }
 
 /// One boot.
@@ -66,13 +68,14 @@ pub(crate) struct Job {
 }
 
 impl Suite {
-    const ALL: [Self; 3] = [Self::Dirty, Self::Fault, Self::Get];
+    const ALL: [Self; 4] = [Self::Dirty, Self::Fault, Self::Get, Self::Starve];
 
     fn name(self) -> &'static str {
         match self {
             Self::Dirty => "dirty",
             Self::Fault => "fault",
             Self::Get => "get",
+            Self::Starve => "starve",
         }
     }
 
@@ -81,6 +84,7 @@ impl Suite {
             Self::Dirty => dirty::jobs(options, board),
             Self::Fault => fault::jobs(options, board),
             Self::Get => get::jobs(options, board),
+            Self::Starve => starve::jobs(options, board),
         }
     }
 
@@ -89,6 +93,7 @@ impl Suite {
             Self::Dirty => dirty::report(rows),
             Self::Fault => fault::report(rows),
             Self::Get => get::report(rows),
+            Self::Starve => starve::report(rows),
         }
     }
 
@@ -97,6 +102,7 @@ impl Suite {
             Self::Dirty => dirty::charts(rows),
             Self::Fault => fault::charts(rows),
             Self::Get => get::charts(rows),
+            Self::Starve => starve::charts(rows),
         }
     }
 }

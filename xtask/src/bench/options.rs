@@ -30,7 +30,7 @@ pub(crate) struct Options {
     pub(crate) random: bool,
     /// Seed of everything random
     #[arg(long, default_value_t = 1, value_name = "N")]
-    pub(crate) seed: u64,
+    pub(crate) seed: u32,
     /// Distance between accesses: 4k, 2m
     #[arg(long, default_value = "4k", value_parser = ["4k", "2m"], value_name = "SIZE")]
     pub(crate) stride: String,

@@ -125,8 +125,8 @@ impl Table<'_> {
                 cases.push(self.case(
                     name,
                     machine,
-                    "suite=selftest vcpus=3",
-                    Expect::Good(checks::ends),
+                    "suite=selftest vcpus=1,3",
+                    Expect::Good(checks::guest_is_content),
                 ));
             }
         }
@@ -166,6 +166,17 @@ impl Table<'_> {
             append,
             Expect::Good(checks::every_mode_completes),
         ));
+        let many = self.machine(|machine| (machine.cpus, machine.memory_mib) = (65, 1024));
+        let append = format!(
+            "suite=starve vcpus=64 {MODES} mib=2 rounds={}",
+            self.size.rounds
+        );
+        cases.push(self.case(
+            "64 faulting vCPUs do not starve the exclusive side",
+            many,
+            append,
+            Expect::Good(checks::exclusive_gets_its_turn),
+        ));
         cases
     }
 
@@ -181,8 +192,8 @@ impl Table<'_> {
                     machine.memory_mib = 512 + 4 * u64::from(vcpus) * size.mib;
                 });
                 let append = format!(
-                    "suite=verify vcpus={vcpus} {MODES} mib={} iterations={}",
-                    size.mib, size.rounds
+                    "suite=verify vcpus={vcpus} {MODES} mib={} iterations={} rounds={}",
+                    size.mib, size.iterations, size.rounds
                 );
                 let name = format!("every write is reported, {model} GICv{gic}");
                 cases.push(self.case(

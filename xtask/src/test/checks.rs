@@ -131,9 +131,37 @@ pub(super) fn get_scales_with_dirty_pages(runs: &[Transcript]) -> Verdict {
     }
 }
 
-/// Three modes completed.
+/// Every exclusive acquisition ended, in every mode.
+pub(super) fn exclusive_gets_its_turn(runs: &[Transcript]) -> Verdict {
+    each(runs, |row| {
+        if value(row, "exclusive_acquired")? > 0.0 {
+            Ok(())
+        } else {
+            Err("no exclusive section".into())
+        }
+    })?;
+    every_mode(runs)
+}
+
+/// The guest found what it was promised.
+pub(super) fn guest_is_content(runs: &[Transcript]) -> Verdict {
+    each(runs, |row| {
+        same(row, "failed_mask", 0.0).map_err(|why| format!("{}: {why}", row.case))?;
+        if value(row, "checks")? > 0.0 {
+            Ok(())
+        } else {
+            Err(format!("{}: nothing was checked", row.case))
+        }
+    })
+}
+
+/// Three modes completed and lost nothing.
 pub(super) fn every_mode_completes(runs: &[Transcript]) -> Verdict {
     nothing_lost(runs)?;
+    every_mode(runs)
+}
+
+fn every_mode(runs: &[Transcript]) -> Verdict {
     for mode in ["mutex", "rwlock", "lockless"] {
         let mut rows = runs.iter().flat_map(|run| &run.rows).map(row);
         if !rows.any(|row| row.param("locking") == mode) {

@@ -113,10 +113,11 @@ impl Bench {
         }
         match case.expect {
             Expect::Good(check) => {
-                for run in &runs {
+                for (boot, run) in case.boots.iter().zip(&runs) {
                     if let Some(fault) = run.fault() {
                         bail!("{fault}");
                     }
+                    whole(boot, run)?;
                 }
                 check(&runs).map_err(|why| anyhow!("{why}"))
             }
@@ -159,6 +160,18 @@ impl Bench {
         )?;
         Ok(path)
     }
+}
+
+/// The hypervisor found the machine that was asked for.
+fn whole(boot: &Boot, run: &Transcript) -> Result<()> {
+    let machine = &boot.machine;
+    for (key, wanted) in [("cpus", machine.cpus), ("gic", machine.gic)] {
+        let found = run.machine.get(key).and_then(serde_json::Value::as_u64);
+        if found != Some(wanted.into()) {
+            bail!("the machine has {key} {wanted}, the hypervisor found {found:?}");
+        }
+    }
+    Ok(())
 }
 
 /// A machine that is refused says why in one line, ends with a status, and panics nowhere.
