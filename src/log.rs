@@ -34,7 +34,7 @@ pub fn line(text: fmt::Arguments<'_>) {
     send(&mut CONSOLE.lock(), text);
 }
 
-/// As [`line`], for an epitaph: breaks the lock of a CPU that will not release it any more.
+/// As [`line()`], for an epitaph: breaks the lock of a CPU that will not release it any more.
 pub fn last_line(text: fmt::Arguments<'_>) {
     const PATIENCE: u32 = 1 << 24;
     for _ in 0..PATIENCE {
@@ -50,8 +50,8 @@ pub fn last_line(text: fmt::Arguments<'_>) {
 
 /// Waits until everything has left the machine.
 pub fn flush() {
-    if let Some(mut console) = CONSOLE.try_lock()
-        && let Some(uart) = console.as_mut()
+    if let Some(console) = CONSOLE.try_lock()
+        && let Some(uart) = console.as_ref()
     {
         uart.flush();
     }

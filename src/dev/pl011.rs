@@ -4,7 +4,8 @@
 
 use core::fmt;
 
-use crate::addr::{Pa, to_usize};
+use super::mmio::Registers;
+use crate::addr::Pa;
 
 const DATA: usize = 0x00;
 const FLAGS: usize = 0x18;
@@ -20,7 +21,7 @@ const ENABLED: u32 = 1 << 0 | 1 << 8 | 1 << 9;
 /// One UART.
 #[derive(Debug)]
 pub struct Pl011 {
-    base: Pa,
+    registers: Registers,
 }
 
 impl Pl011 {
@@ -31,36 +32,23 @@ impl Pl011 {
     /// A PL011 (or SBSA UART) that nobody else drives is mapped at `base` as device memory for ever. `full`: it is a
     /// PL011, which has a control register.
     pub unsafe fn new(base: Pa, full: bool) -> Self {
-        let mut uart = Self { base };
-        uart.write(INTERRUPT_MASK, 0);
+        // SAFETY: the caller vouches for the device; the offsets above are registers.
+        let registers = unsafe { Registers::new(base) };
+        registers.write(INTERRUPT_MASK, 0);
         if full {
-            uart.write(CONTROL, ENABLED);
+            registers.write(CONTROL, ENABLED);
         }
-        uart
+        Self { registers }
     }
 
-    fn register(&self, offset: usize) -> *mut u32 {
-        core::ptr::with_exposed_provenance_mut::<u32>(to_usize(self.base.raw()) + offset)
-    }
-
-    fn read(&self, offset: usize) -> u32 {
-        // SAFETY: `new`'s caller vouched for the device; the offsets above are registers.
-        unsafe { self.register(offset).read_volatile() }
-    }
-
-    fn write(&mut self, offset: usize, value: u32) {
-        // SAFETY: as in `read`.
-        unsafe { self.register(offset).write_volatile(value) };
-    }
-
-    fn send(&mut self, byte: u8) {
-        while self.read(FLAGS) & TRANSMIT_FULL != 0 {}
-        self.write(DATA, byte.into());
+    fn send(&self, byte: u8) {
+        while self.registers.read(FLAGS) & TRANSMIT_FULL != 0 {}
+        self.registers.write(DATA, byte.into());
     }
 
     /// Waits until everything has left the UART.
-    pub fn flush(&mut self) {
-        while self.read(FLAGS) & BUSY != 0 {}
+    pub fn flush(&self) {
+        while self.registers.read(FLAGS) & BUSY != 0 {}
     }
 }
 

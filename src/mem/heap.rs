@@ -1,7 +1,7 @@
 //! The heap: small objects, grown from frames.
 //!
 //! The frame allocator keeps its lists on this heap, so the two may not wait for each other. While it allocates it
-//! asks for a few small nodes; a [`RESERVE`] stays free for them. Growing happens when the reserve is touched and the
+//! asks for a few small nodes; a reserve stays free for them. Growing happens when the reserve is touched and the
 //! frames' lock is free at that moment; the next allocation tries again otherwise.
 
 use core::alloc::{GlobalAlloc, Layout};
@@ -99,5 +99,35 @@ unsafe impl GlobalAlloc for Heap {
             // SAFETY: the caller passes what `alloc` gave for the same layout.
             unsafe { self.buddies.lock().dealloc(object, layout) };
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{GlobalAlloc, Heap, Layout};
+
+    #[test]
+    fn objects_are_aligned_disjoint_and_come_back() {
+        static HEAP: Heap = Heap::new();
+        let sizes = [1_usize, 24, 4096, 100, 60_000, 8];
+        let layouts = sizes
+            .map(|size| Layout::from_size_align(size, size.next_power_of_two().min(4096)).unwrap());
+        for _ in 0..100 {
+            // SAFETY: the layouts are not empty.
+            let objects = layouts.map(|layout| unsafe { HEAP.alloc(layout) });
+            for ((object, layout), number) in objects.into_iter().zip(layouts).zip(1..) {
+                assert!(object.addr().is_multiple_of(layout.align()) && !object.is_null());
+                // SAFETY: the object has this size and nobody else has it.
+                unsafe { object.write_bytes(number, layout.size()) };
+            }
+            for ((object, layout), number) in objects.into_iter().zip(layouts).zip(1..) {
+                // SAFETY: written above.
+                let bytes = unsafe { core::slice::from_raw_parts(object, layout.size()) };
+                assert!(bytes.iter().all(|&it| it == number), "objects overlap");
+                // SAFETY: allocated above with this layout, and not used any more.
+                unsafe { HEAP.dealloc(object, layout) };
+            }
+        }
+        assert_eq!(HEAP.buddies.lock().stats_alloc_actual(), 0);
     }
 }
