@@ -11,6 +11,7 @@ mod rows;
 mod starve;
 
 use std::io::IsTerminal as _;
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -39,7 +40,7 @@ pub(crate) struct Args {
     options: Options,
     #[command(flatten)]
     qemu: setup::Choice,
-    /// Write the rows to this file instead of target/bench/SUITE.json; '-' is standard output, with nothing else on it
+    /// Write the rows of all suites to this file too; '-' is standard output, with nothing else on it
     #[arg(long, value_name = "FILE")]
     json: Option<String>,
     /// Build with debug assertions and the record of shared lines; times mean little then
@@ -141,13 +142,11 @@ pub(crate) fn main(args: &Args) -> Result<ExitCode> {
         )?;
         let plot = paths::target(&format!("bench/{}.svg", suite.name()));
         let data = paths::target(&format!("bench/{}.json", suite.name()));
-        paths::write(&plot, &plot::svg(&suite.charts(&rows))?)?;
-        if args.json.is_none() {
-            paths::write(&data, &rows::json(&rows)?)?;
-        }
+        paths::write(&plot, plot::svg(&suite.charts(&rows))?)?;
+        paths::write(&data, rows::json(&rows)?)?;
         if !quiet {
             print!("{}", suite.report(&rows));
-            println!("{}", written(&plot, args.json.is_none().then_some(&data)));
+            println!("\nwritten: {}, {}", short(&data), short(&plot));
         }
         all.extend(rows);
     }
@@ -159,20 +158,12 @@ pub(crate) fn main(args: &Args) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn written(plot: &std::path::Path, data: Option<&std::path::PathBuf>) -> String {
-    let root = paths::root();
-    let short = |path: &std::path::Path| {
-        path.strip_prefix(&root)
-            .unwrap_or(path)
-            .display()
-            .to_string()
-    };
-    let files: Vec<String> = data
-        .into_iter()
-        .map(|path| short(path))
-        .chain([short(plot)])
-        .collect();
-    format!("written: {}\n", files.join(", "))
+/// A path as seen from the root of the repository.
+fn short(path: &Path) -> String {
+    path.strip_prefix(paths::root())
+        .unwrap_or(path)
+        .display()
+        .to_string()
 }
 
 /// Runs every job of a suite and gives each row its machine.

@@ -18,7 +18,8 @@ pub(super) fn run() -> Result<Tally> {
         process::cargo().args(["test", "--workspace", "--no-fail-fast"]),
         "cargo test",
     )?);
-    if paths::root().join("tests/loom.rs").exists() {
+    let models = ["tests/loom.rs", "tests/loom/main.rs"];
+    if models.iter().any(|file| paths::root().join(file).exists()) {
         println!("model checks");
         let mut models = process::cargo();
         models.args([
