@@ -26,6 +26,9 @@ const COUNTS: [(&str, &str); 10] = [
     ("spins", "lock_spins"),
 ];
 
+/// Lines written that another vCPU's fault writes too, but the leaf's and the bitmap word's.
+const SHARED: (&str, &str) = ("shared lines", "shared_line_writes");
+
 /// One boot for each timing, large enough for the largest number of vCPUs.
 pub(super) fn jobs(options: &Options, board: &Board) -> Result<Vec<Job>> {
     let vcpus = options.vcpus();
@@ -113,16 +116,23 @@ fn times(rows: &[Row], timing: Timing, scale: f64) -> String {
 }
 
 fn counts(rows: &[Row], timing: Timing) -> String {
+    let mut columns = COUNTS.to_vec();
+    // Only a debug build records these.
+    if rows
+        .iter()
+        .any(|row| row.value(SHARED.1).is_some_and(|count| count > 0.0))
+    {
+        columns.push(SHARED);
+    }
     let mut heading = vec!["vCPUs", "locking"];
-    heading.extend(COUNTS.map(|(name, _)| name));
+    heading.extend(columns.iter().map(|(name, _)| *name));
     heading.push("cont. %");
     let mut table = Table::new(&heading);
     for (vcpus, locking, group) in groups(rows, timing) {
         let mut cells = vec![vcpus, locking];
-        cells.extend(COUNTS.iter().map(|(_, key)| cell(mean(&group, key))));
-        cells.push(cell(
-            ratio(&group, "lock_contended", "lock_acquired").map(|ratio| 100.0 * ratio),
-        ));
+        cells.extend(columns.iter().map(|(_, key)| cell(mean(&group, key))));
+        let contended = ratio(&group, "lock_contended", "lock_acquired");
+        cells.push(cell(contended.map(|ratio| 100.0 * ratio)));
         table.row(cells);
     }
     table.left(&[1]).to_string()
