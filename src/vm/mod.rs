@@ -6,3 +6,4 @@
 pub mod host;
 mod short;
 pub mod trap;
+pub mod vgic;

@@ -1,0 +1,3 @@
+//! The virtual interrupt controller.
+pub mod lists;
+pub mod private;
