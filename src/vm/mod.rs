@@ -3,7 +3,11 @@
 //! Whatever a guest does gets an answer a machine would give (data, UNDEF, external abort, PSCI error), or its VM is
 //! stopped with a reason; nothing here panics on a guest's account. This layer never sees a descriptor.
 
-pub mod host;
+pub mod inject;
+pub mod psci;
 mod short;
+pub mod smccc;
+pub mod sysreg;
 pub mod trap;
 pub mod vgic;
+pub mod vuart;
