@@ -52,9 +52,7 @@ extern "C" fn boot_cpu_main(tree: u64) -> ! {
 #[unsafe(no_mangle)]
 extern "C" fn other_cpu_main(found: u64) -> ! {
     cpus::join(found);
-    loop {
-        arch::wfi();
-    }
+    vellum::vm::run::cpu_loop()
 }
 
 /// The entry code's last resort where EL2 cannot be used.

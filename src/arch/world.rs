@@ -126,6 +126,18 @@ for_each_el1_register!(move_registers);
 pub unsafe fn load(el1: &El1, vtcr: u64, vttbr: u64) {
     VTCR_EL2.set(vtcr);
     set_vttbr(vttbr);
+    // SAFETY: as for this function.
+    unsafe { reload(el1) };
+}
+
+/// Gives the resident vCPU the EL1 state `el1` in place of its own.
+///
+/// # Safety
+///
+/// The CPU holds the vCPU that `el1` belongs to.
+pub unsafe fn reload(el1: &El1) {
+    CNTV_CTL_EL0.set(0);
+    shield_stage1();
     // SAFETY: the register only supplies a value to the guest.
     unsafe {
         asm!("msr vmpidr_el2, {}", in(reg) el1.vmpidr, options(nomem, nostack, preserves_flags))

@@ -5,9 +5,12 @@ use alloc::sync::Arc;
 use spin::Once;
 
 use crate::arch::features::Features;
-use crate::dev::gic::Gic;
+use crate::dev::gic::{Gic, KICK};
 use crate::dev::machine::Machine;
 use crate::mmu::Services;
+use crate::sync::percpu;
+use crate::trace::Event;
+use crate::trace::ring::Mark;
 
 /// The machine as VMs use it. CPUs are numbered from 0, which is the controller's and runs no guest.
 pub struct Host {
@@ -34,7 +37,19 @@ impl core::fmt::Debug for Host {
 
 static HOST: Once<Host> = Once::new();
 
+/// Makes CPU `cpu` look at its work. What the caller wrote before is visible to it then.
+pub(crate) fn kick(gic: &Gic, cpu: usize) {
+    percpu::count(Event::Kicks);
+    percpu::this().ring.record(Mark::Kick, [cpu as u64, u64::from(KICK)]);
+    gic.send_sgi(cpu, KICK);
+}
+
 impl Host {
+    /// The version of the interrupt controller, and so of the guests'.
+    pub fn gic_version(&self) -> u32 {
+        self.gic.version()
+    }
+
     /// Number of CPUs that run.
     pub fn cpus(&self) -> usize {
         self.services.quiescence.cpus()

@@ -2,12 +2,38 @@
 //!
 //! Whatever a guest does gets an answer a machine would give (data, UNDEF, external abort, PSCI error), or its VM is
 //! stopped with a reason; nothing here panics on a guest's account. This layer never sees a descriptor.
+//!
+//! | file | what |
+//! |---|---|
+//! | [`vm`] | what a controller sees: create, fill, start, post commands, stop, destroy |
+//! | [`vcpu`], `resident` | a vCPU as others see it, and on the CPU that holds it: the run loop |
+//! | `short`, `exits`, `mmio` | what exits do, from the shortest path to emulated devices |
+//! | [`trap`], [`inject`], [`sysreg`], [`psci`], [`smccc`] | decoding and deciding, pure |
+//! | [`vgic`], [`vtimer`], [`vuart`] | the devices |
+//! | [`host`], [`run`] | what VMs stand on, and the life of a CPU |
+#![cfg_attr(
+    not(test),
+    deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "guests reach it")
+)]
 
+mod exits;
+pub mod host;
 pub mod inject;
+mod mmio;
 pub mod psci;
+mod resident;
+pub mod run;
 mod short;
 pub mod smccc;
 pub mod sysreg;
 pub mod trap;
+pub mod vcpu;
 pub mod vgic;
+#[expect(clippy::module_inception, reason = "the file about VMs is named after them")]
+pub mod vm;
+pub mod vtimer;
 pub mod vuart;
+
+pub use host::Host;
+pub use vcpu::Command;
+pub use vm::{Error, StopReason, Vm, VmConfig};

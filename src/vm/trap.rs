@@ -183,6 +183,22 @@ fn system_register(iss: u64) -> SystemRegisterAccess {
     }
 }
 
+/// Decodes ESR_EL2 of a stage-2 abort, of either kind.
+#[inline]
+pub fn abort(esr: u64) -> Abort {
+    abort_of(esr).1
+}
+
+/// As [`abort`], and whether it is one on an instruction fetch.
+#[inline]
+pub fn abort_of(esr: u64) -> (bool, Abort) {
+    /// What tells the two exception classes apart.
+    const DATA: u64 = 1 << (EC_SHIFT + 2);
+    let iss = esr & ISS_BITS;
+    if esr & DATA != 0 { (false, data_abort(iss)) } else { (true, instruction_abort(iss)) }
+}
+
+#[inline]
 fn instruction_abort(iss: u64) -> Abort {
     const S1PTW: u64 = 1 << 7;
     let status = fault_status(iss);

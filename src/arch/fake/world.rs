@@ -41,6 +41,13 @@ pub fn vtcr(_geometry: Stage2Geometry) -> u64 {
 /// As on the target.
 pub unsafe fn load(_el1: &El1, _vtcr: u64, _vttbr: u64) {}
 
+/// Replaces the resident vCPU's EL1 state.
+///
+/// # Safety
+///
+/// As on the target.
+pub unsafe fn reload(_el1: &El1) {}
+
 /// Takes the resident vCPU's state.
 ///
 /// # Safety

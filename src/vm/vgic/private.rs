@@ -100,6 +100,11 @@ impl Private {
         self.held != 0
     }
 
+    /// Whether the guest has taken `intid` and not deactivated it.
+    pub fn handles(&self, intid: u8) -> bool {
+        self.active & bit(intid) != 0
+    }
+
     /// Forgets that a physical interrupt is held: somebody else has deactivated it.
     pub fn let_go(&mut self) {
         self.held = 0;

@@ -1,0 +1,158 @@
+//! What each exit does: one method an arm of the run loop's matches.
+
+use crate::arch;
+use crate::trace::Event;
+use crate::trace::ring::Mark;
+use crate::sync::percpu;
+use crate::vm::inject::Exception;
+use crate::vm::psci::{self, Call, Power, Refusal};
+use crate::vm::resident::Resident;
+use crate::vm::smccc::{self, Hypercall};
+use crate::vm::sysreg::{self, Answer, Given};
+use crate::vm::trap::{self, FaultStatus, SystemRegisterAccess, Trap};
+use crate::vm::vgic::distributor::index_of;
+use crate::vm::vm::StopReason;
+
+impl Resident<'_> {
+    pub(crate) fn handle(&mut self, trap: Trap) {
+        match trap {
+            Trap::Hvc { immediate } => self.hypercall(immediate),
+            Trap::SystemRegister(access) => self.system_register(access),
+            // EL3 and nested virtualization do not exist for guests; nor do the hidden features' instructions.
+            Trap::Smc | Trap::HiddenFeature => self.inject(Exception::Undefined),
+            Trap::Wait => self.skip_instruction(),
+            Trap::InstructionAbort(_) | Trap::DataAbort(_) => self.other_abort(),
+            Trap::Aarch32 => self.halt(StopReason::Aarch32),
+            Trap::IllegalState | Trap::Unexpected { .. } => self.unexpected(),
+        }
+    }
+
+    fn unexpected(&mut self) {
+        self.halt(StopReason::Unexpected(self.frame.esr, self.frame.pc));
+    }
+
+    fn hypercall(&mut self, immediate: u16) {
+        let arguments = [self.frame.read(1), self.frame.read(2), self.frame.read(3)];
+        match smccc::decode(immediate, self.frame.read(0), arguments) {
+            Hypercall::Version => self.frame.write(0, smccc::VERSION),
+            Hypercall::ArchFeatures(function) => self.frame.write(0, smccc::arch_features(function)),
+            Hypercall::Psci(call) => self.psci(call),
+            Hypercall::VendorUid => self.answer(&smccc::UID),
+            Hypercall::VendorRevision => self.answer(&smccc::REVISION),
+            Hypercall::Null => self.frame.write(0, smccc::SUCCESS),
+            Hypercall::Next => self.end_command(),
+            Hypercall::Unknown => self.frame.write(0, smccc::NOT_SUPPORTED),
+        }
+    }
+
+    fn answer(&mut self, values: &[u64]) {
+        for (register, value) in (0..).zip(values) {
+            self.frame.write(register, *value);
+        }
+    }
+
+    fn psci(&mut self, call: Call) {
+        let answer = match call {
+            Call::Version => psci::VERSION,
+            Call::Features(function) => psci::features(function),
+            Call::CpuOn { target, entry, context } => self.cpu_on(target, entry, context),
+            Call::CpuOff => return self.cpu_off(),
+            Call::AffinityInfo { target, level } => self.affinity_info(target, level),
+            Call::CpuSuspend => self.suspend(),
+            Call::MigrateInfoType => psci::NO_TRUSTED_OS,
+            Call::SystemOff => return self.halt(StopReason::SystemOff),
+            Call::SystemReset => return self.halt(StopReason::SystemReset),
+        };
+        self.frame.write(0, answer);
+    }
+
+    fn cpu_on(&mut self, target: u64, entry: u64, context: u64) -> u64 {
+        let Some(target) = index_of(target).and_then(|index| self.vm.vcpus().get(index)) else {
+            return Refusal::InvalidParameters.value();
+        };
+        let outcome = target.power.lock().turn_on(entry, context);
+        match outcome {
+            Ok(()) => {
+                self.vm.kick(target);
+                smccc::SUCCESS
+            }
+            Err(refusal) => refusal.value(),
+        }
+    }
+
+    fn cpu_off(&mut self) {
+        *self.vcpu.power.lock() = Power::Off;
+    }
+
+    fn affinity_info(&self, target: u64, level: u64) -> u64 {
+        match index_of(target).and_then(|index| self.vm.vcpus().get(index)) {
+            Some(target) if level == 0 => target.power.lock().affinity_info(),
+            _ => Refusal::InvalidParameters.value(),
+        }
+    }
+
+    /// Standby: sleeps until an interrupt of any kind, which the guest may then find or not.
+    fn suspend(&mut self) -> u64 {
+        arch::wfi();
+        smccc::SUCCESS
+    }
+
+    /// The built-in guest reports on its last command, if it had one, and waits for the next.
+    fn end_command(&mut self) {
+        self.vcpu.mailbox.lock().report = Some([1, 2, 3, 4].map(|register| self.frame.read(register)));
+        self.awaiting = true;
+        self.vm.reported(self.vcpu.index);
+    }
+
+    /// Takes the next command. False: there is none yet.
+    pub(crate) fn receive_command(&mut self) -> bool {
+        let Some(command) = self.vcpu.mailbox.lock().command.take() else { return false };
+        self.awaiting = false;
+        percpu::this().ring.record(Mark::Command, [command.op, command.args[0]]);
+        self.frame.write(0, command.op);
+        for (register, argument) in (1..).zip(command.args) {
+            self.frame.write(register, argument);
+        }
+        true
+    }
+
+    fn system_register(&mut self, access: SystemRegisterAccess) {
+        let given = Given {
+            gic_registers: self.vm.gic_version() == 3,
+            pauth: self.host.features.pauth,
+            pa_range: self.vm.pa_range,
+        };
+        match sysreg::answer(access, given, arch::id_register) {
+            Answer::Undefined => return self.inject(Exception::Undefined),
+            Answer::SendGroup1 => self.send_sgi_v3(self.frame.read(access.general), true),
+            Answer::SendGroup0 => self.send_sgi_v3(self.frame.read(access.general), false),
+            Answer::Value(value) if !access.write => self.frame.write(access.general, value),
+            Answer::Value(_) => {}
+        }
+        self.skip_instruction();
+    }
+
+    /// The slot forbids the access: on a machine, a read-only or missing device would answer with an error.
+    pub(crate) fn deny(&mut self) {
+        let (fetch, abort) = trap::abort_of(self.frame.esr);
+        self.external_abort(fetch, abort);
+    }
+
+    pub(crate) fn top_up(&mut self) {
+        if self.vm.stage2.top_up(self.cpu).is_err() {
+            self.halt(StopReason::NoMemory);
+        }
+    }
+
+    /// Aborts that are not a matter of what stage 2 maps.
+    pub(crate) fn other_abort(&mut self) {
+        let (fetch, abort) = trap::abort_of(self.frame.esr);
+        match abort.status {
+            FaultStatus::External | FaultStatus::AddressSize | FaultStatus::UnsupportedAtomic => {
+                self.external_abort(fetch, abort);
+            }
+            FaultStatus::TlbConflict => percpu::count(Event::TlbConflicts),
+            FaultStatus::Stage2(_) | FaultStatus::Other { .. } => self.unexpected(),
+        }
+    }
+}

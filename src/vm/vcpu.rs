@@ -1,0 +1,113 @@
+//! A vCPU, as everybody but the CPU that holds it sees it.
+//!
+//! What only the holder touches is in [`Parked`] while nobody holds the vCPU and in a
+//! [`Resident`](super::resident::Resident) while somebody does. The rest is shared and small: requests to the vCPU, each
+//! followed by a kick of the CPU that holds it.
+
+use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use alloc::boxed::Box;
+use spin::Mutex;
+
+use crate::arch::context::{El1, Frame};
+use crate::vm::inject::{PSTATE_DAIF, PSTATE_EL1H};
+use crate::vm::psci::Power;
+use crate::vm::vgic::distributor::vmpidr;
+use crate::vm::vgic::interface::Saved;
+use crate::vm::vgic::private::Private;
+
+/// What a controller asks of the built-in guest.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Command {
+    /// Which operation; the guest's x0.
+    pub op: u64,
+    /// Its arguments; the guest's x1 to x5.
+    pub args: [u64; 5],
+}
+
+/// No CPU holds the vCPU.
+const NOWHERE: usize = usize::MAX;
+
+/// A vCPU.
+pub struct Vcpu {
+    /// Position in its VM.
+    pub index: usize,
+    /// Its private interrupts.
+    pub(crate) private: Mutex<Private>,
+    /// The private interrupts changed; cleared by the holder before it lists them.
+    pub(crate) attention: AtomicBool,
+    /// Whether it is on.
+    pub(crate) power: Mutex<Power>,
+    pub(crate) mailbox: Mutex<Mailbox>,
+    /// State of a vCPU that nobody holds; locked by the holder all the while it holds it.
+    pub(crate) parked: Mutex<Parked>,
+    /// The CPU that holds it, or is about to.
+    cpu: AtomicUsize,
+}
+
+/// Commands to the built-in guest, one at a time.
+#[derive(Debug, Default)]
+pub(crate) struct Mailbox {
+    /// Posted and not taken.
+    pub(crate) command: Option<Command>,
+    /// What the guest said of the last command, not yet read by the controller.
+    pub(crate) report: Option<[u64; 4]>,
+}
+
+/// What moves between memory and a CPU when the vCPU does.
+#[derive(Debug)]
+pub(crate) struct Parked {
+    pub(crate) frame: Frame,
+    pub(crate) el1: Box<El1>,
+    pub(crate) interface: Saved,
+    /// The guest waits inside a call for its next command.
+    pub(crate) awaiting: bool,
+}
+
+impl Vcpu {
+    /// A vCPU that is off.
+    pub(crate) fn new(index: usize, gicv3: bool, cntvoff: u64) -> Self {
+        Self {
+            index,
+            private: Mutex::new(Private::new(gicv3)),
+            attention: AtomicBool::new(false),
+            power: Mutex::new(Power::Off),
+            mailbox: Mutex::new(Mailbox::default()),
+            parked: Mutex::new(Parked {
+                frame: Frame::new(0, 0),
+                el1: Box::new(El1::reset(vmpidr(index), cntvoff)),
+                interface: Saved::default(),
+                awaiting: false,
+            }),
+            cpu: AtomicUsize::new(NOWHERE),
+        }
+    }
+
+    /// The CPU that holds it.
+    pub fn cpu(&self) -> Option<usize> {
+        Some(self.cpu.load(Ordering::Acquire)).filter(|cpu| *cpu != NOWHERE)
+    }
+
+    pub(crate) fn set_cpu(&self, cpu: Option<usize>) {
+        self.cpu.store(cpu.unwrap_or(NOWHERE), Ordering::Release);
+    }
+
+    /// Tells the holder that the private interrupts changed. True: a kick is needed, because none is on its way.
+    pub(crate) fn demand_attention(&self) -> bool {
+        !self.attention.swap(true, Ordering::AcqRel)
+    }
+
+    /// Takes CPU_ON's request, if there is one: the registers to begin with.
+    pub(crate) fn begin(&self) -> Option<Frame> {
+        let mut power = self.power.lock();
+        let Power::Pending { entry, context } = *power else { return None };
+        *power = Power::On;
+        let mut frame = Frame::new(entry, PSTATE_DAIF | PSTATE_EL1H);
+        frame.write(0, context);
+        Some(frame)
+    }
+
+    pub(crate) fn is_on(&self) -> bool {
+        *self.power.lock() == Power::On
+    }
+}

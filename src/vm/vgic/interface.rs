@@ -1,0 +1,244 @@
+//! The hypervisor's side of the virtual CPU interface, on the CPU that holds the vCPU: ICH_* or GICH.
+
+use super::lists::{Entry, Format, State};
+use super::private::{Listing, MOST_LISTS};
+use crate::arch;
+use crate::dev::gic::Gic;
+use crate::dev::mmio::Registers;
+
+const GICH_HCR: usize = 0x000;
+const GICH_VTR: usize = 0x004;
+const GICH_VMCR: usize = 0x008;
+const GICH_APR: usize = 0x0f0;
+const GICH_LR: usize = 0x100;
+
+/// ICH_HCR_EL2 and GICH_HCR: the virtual interface is on.
+const HCR_ENABLE: u64 = 1 << 0;
+/// As above: maintenance interrupt when at most one list register is in use.
+const HCR_UNDERFLOW: u64 = 1 << 1;
+/// As above: maintenance interrupt when the guest ended an interrupt that is not listed.
+const HCR_NOT_PRESENT: u64 = 1 << 2;
+const HCR_EOI_COUNT: u32 = 27;
+
+/// Where the registers are.
+#[derive(Clone, Copy, Debug)]
+pub enum Access {
+    /// ICH_* system registers.
+    V3,
+    /// GICH, banked by CPU.
+    V2(Registers),
+}
+
+impl Access {
+    /// How the CPU that asks reaches its virtual interface.
+    pub fn of(gic: &Gic) -> Self {
+        match gic {
+            Gic::V2(gic) => Self::V2(gic.hypervisor_interface()),
+            Gic::V3(_) => Self::V3,
+        }
+    }
+}
+
+/// The virtual CPU interface of the vCPU that this CPU holds.
+#[derive(Debug)]
+pub struct Interface {
+    access: Access,
+    count: usize,
+    /// What each list register was given; `None`: free.
+    listed: [Option<Entry>; MOST_LISTS],
+    in_use: bool,
+    overflow: bool,
+}
+
+/// What the virtual CPU interface of a vCPU that is not resident holds beside listed interrupts.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Saved {
+    vmcr: u64,
+    active_priorities: [u64; 8],
+}
+
+impl Interface {
+    /// Turns this CPU's virtual interface on with `saved`; nothing is listed.
+    pub fn load(access: Access, saved: &Saved) -> Self {
+        let this = Self { access, count: count(access), listed: [None; MOST_LISTS], in_use: false, overflow: false };
+        match access {
+            Access::V3 => {
+                arch::set_ich_vmcr(saved.vmcr);
+                arch::set_ich_active_priorities(saved.active_priorities);
+            }
+            Access::V2(gich) => {
+                gich.write(GICH_VMCR, low_word(saved.vmcr));
+                gich.write(GICH_APR, low_word(saved.active_priorities[0]));
+            }
+        }
+        this.set_hcr(HCR_ENABLE);
+        this
+    }
+
+    /// Turns it off; everything listed has been taken back.
+    pub fn put(&self) -> Saved {
+        self.set_hcr(0);
+        match self.access {
+            Access::V3 => {
+                let saved = Saved { vmcr: arch::ich_vmcr(), active_priorities: arch::ich_active_priorities() };
+                arch::ich_reset();
+                saved
+            }
+            Access::V2(gich) => {
+                let mut saved = Saved { vmcr: u64::from(gich.read(GICH_VMCR)), active_priorities: [0; 8] };
+                saved.active_priorities[0] = u64::from(gich.read(GICH_APR));
+                gich.write(GICH_VMCR, 0);
+                gich.write(GICH_APR, 0);
+                saved
+            }
+        }
+    }
+
+    /// Number of list registers.
+    pub fn lists(&self) -> usize {
+        self.count
+    }
+
+    /// Empties the list registers, telling `each` what became of every interrupt (`None`: deactivated). Returns how many
+    /// interrupts that were not listed the guest has ended.
+    pub fn take_back(&mut self, mut each: impl FnMut(&Entry, Option<State>)) -> u32 {
+        if !self.in_use && !self.overflow {
+            return 0;
+        }
+        if matches!(self.access, Access::V3) {
+            arch::ich_settle();
+        }
+        let (access, format) = (self.access, self.format());
+        for (index, place) in self.listed.iter_mut().enumerate() {
+            if let Some(entry) = place.take() {
+                each(&entry, format.decode(read_list(access, index)).map(|entry| entry.state));
+                write_list(access, index, 0);
+            }
+        }
+        self.in_use = false;
+        let ended = if self.overflow { (self.hcr() >> HCR_EOI_COUNT) & 0x1f } else { 0 };
+        u32::try_from(ended).unwrap_or(0)
+    }
+
+    /// Lists what `listing` says; the list registers are empty.
+    pub fn list(&mut self, listing: &Listing) {
+        let format = self.format();
+        for (index, entry) in listing.entries.iter().enumerate().take(self.count) {
+            let Some(entry) = entry else { break };
+            write_list(self.access, index, format.encode(entry));
+            self.in_use = true;
+        }
+        self.listed = listing.entries;
+        if listing.overflow || self.overflow {
+            let more = if listing.overflow { HCR_UNDERFLOW | HCR_NOT_PRESENT } else { 0 };
+            self.set_hcr(HCR_ENABLE | more);
+        }
+        self.overflow = listing.overflow;
+    }
+
+    fn format(&self) -> Format {
+        match self.access {
+            Access::V3 => Format::V3,
+            Access::V2(_) => Format::V2,
+        }
+    }
+
+    fn hcr(&self) -> u64 {
+        match self.access {
+            Access::V3 => arch::ich_hcr(),
+            Access::V2(gich) => u64::from(gich.read(GICH_HCR)),
+        }
+    }
+
+    fn set_hcr(&self, value: u64) {
+        match self.access {
+            Access::V3 => arch::set_ich_hcr(value),
+            Access::V2(gich) => gich.write(GICH_HCR, low_word(value)),
+        }
+    }
+}
+
+fn count(access: Access) -> usize {
+    let count = match access {
+        Access::V3 => arch::ich_lr_count(),
+        Access::V2(gich) => usize::try_from(gich.read(GICH_VTR) & 0x3f).map_or(1, |last| last + 1),
+    };
+    count.min(MOST_LISTS)
+}
+
+fn read_list(access: Access, index: usize) -> u64 {
+    match access {
+        Access::V3 => arch::ich_lr(index),
+        Access::V2(gich) => u64::from(gich.read(GICH_LR + 4 * index)),
+    }
+}
+
+fn write_list(access: Access, index: usize, value: u64) {
+    match access {
+        Access::V3 => arch::set_ich_lr(index, value),
+        Access::V2(gich) => gich.write(GICH_LR + 4 * index, low_word(value)),
+    }
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "GICv2's registers have 32 bits")]
+const fn low_word(value: u64) -> u32 {
+    value as u32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Access, Interface, Saved};
+    use crate::arch;
+    use crate::vm::vgic::lists::{Format, State};
+    use crate::vm::vgic::private::{Private, Wiring};
+
+    const WIRING: Wiring =
+        Wiring { group0_enabled: false, group1_enabled: true, linked: (27, 27), asserted: true, lists: 4 };
+
+    fn private() -> Private {
+        let mut private = Private::new(true);
+        private.write(0x100, u32::MAX, u32::MAX);
+        private
+    }
+
+    #[test]
+    fn an_interrupt_goes_through_the_list_registers_and_is_gone() {
+        let (mut private, mut interface) = (private(), Interface::load(Access::V3, &Saved::default()));
+        private.send(5, 0);
+        interface.list(&private.list(&WIRING));
+        let entry = Format::V3.decode(arch::ich_lr(0)).unwrap();
+        assert_eq!((entry.intid, entry.state), (5, State::Pending));
+        arch::set_ich_lr(0, 0);
+        let mut seen = 0;
+        interface.take_back(|entry, state| {
+            seen += 1;
+            private.take_back(entry, state);
+        });
+        assert_eq!(seen, 1);
+        assert!(private.list(&WIRING).entries.iter().all(Option::is_none));
+    }
+
+    #[test]
+    fn nothing_in_flight_reads_no_list_register() {
+        let mut interface = Interface::load(Access::V3, &Saved::default());
+        arch::set_ich_lr(0, u64::MAX);
+        interface.take_back(|_, _| panic!("nothing was listed"));
+    }
+
+    #[test]
+    fn more_interrupts_than_list_registers_ask_for_maintenance_until_they_fit() {
+        let (mut private, mut interface) = (private(), Interface::load(Access::V3, &Saved::default()));
+        for intid in 0..5 {
+            private.send(intid, 0);
+        }
+        interface.list(&private.list(&WIRING));
+        assert_eq!(arch::ich_hcr(), 0b111);
+        for index in 0..4 {
+            arch::set_ich_lr(index, 0);
+        }
+        interface.take_back(|entry, state| private.take_back(entry, state));
+        interface.list(&private.list(&WIRING));
+        assert_eq!(arch::ich_hcr(), 0b001);
+        assert_eq!(Format::V3.decode(arch::ich_lr(0)).unwrap().intid, 4);
+    }
+}
