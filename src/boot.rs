@@ -25,7 +25,13 @@ use vellum::mmu::{Format, Services, TlbFeatures, VmidAllocator, vmid};
 use vellum::sync::percpu;
 use vellum::sync::quiescence::Domain;
 use vellum::vm::host::{self, Host};
-use vellum::{arch, log as console, panic};
+use vellum::{arch, bench, log as console, panic};
+
+/// The built-in guest, a flat file made by `cargo xtask` before this one.
+static GUEST: &[u8] = include_bytes!(env!(
+    "VELLUM_GUEST",
+    "the hypervisor contains its guest: build it with `cargo xtask image`"
+));
 
 #[unsafe(no_mangle)]
 extern "C" fn boot_cpu_main(tree: u64) -> ! {
@@ -46,7 +52,10 @@ extern "C" fn boot_cpu_main(tree: u64) -> ! {
     introduce(&machine, &memory, &features);
     let host = host::install(share(machine, features, shared));
     cpus::release(host);
-    panic::exit(0)
+    match bench::main(host, &host.machine.bootargs, GUEST) {
+        Ok(status) => panic::exit(status),
+        Err(reason) => panic::refuse(format_args!("{reason}")),
+    }
 }
 
 #[unsafe(no_mangle)]

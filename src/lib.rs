@@ -13,6 +13,7 @@ extern crate std;
 
 pub mod addr;
 pub mod arch;
+pub mod bench;
 pub mod dev;
 pub mod guest;
 pub mod log;

@@ -52,6 +52,28 @@ pub enum Event {
     SharedLineWrites,
 }
 
+/// Every event with the name it has in results, in the order of their numbers.
+pub const EVENT_NAMES: [(Event, &str); EVENTS] = [
+    (Event::FaultsPermission, "faults_permission"),
+    (Event::FaultsTranslation, "faults_translation"),
+    (Event::FaultsAccess, "faults_access"),
+    (Event::TlbiLocal, "tlbi_local"),
+    (Event::TlbiBroadcast, "tlbi_broadcast"),
+    (Event::TlbiRange, "tlbi_range"),
+    (Event::TlbiVmid, "tlbi_vmid"),
+    (Event::DescriptorWrites, "descriptor_writes"),
+    (Event::LockAcquired, "lock_acquired"),
+    (Event::LockContended, "lock_contended"),
+    (Event::LockSpins, "lock_spins"),
+    (Event::Kicks, "kicks"),
+    (Event::Splits, "splits"),
+    (Event::BbmWindows, "bbm_windows"),
+    (Event::BusyRetries, "busy_retries"),
+    (Event::Exits, "exits"),
+    (Event::TlbConflicts, "tlb_conflicts"),
+    (Event::SharedLineWrites, "shared_line_writes"),
+];
+
 /// Number of [`Event`]s.
 pub const EVENTS: usize = Event::SharedLineWrites as usize + 1;
 

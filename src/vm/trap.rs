@@ -108,7 +108,11 @@ impl Transfer {
             return zero_extended;
         }
         let extended = (data << unused).cast_signed() >> unused;
-        if self.wide { extended.cast_unsigned() } else { extended.cast_unsigned() & 0xffff_ffff }
+        if self.wide {
+            extended.cast_unsigned()
+        } else {
+            extended.cast_unsigned() & 0xffff_ffff
+        }
     }
 
     /// What a store of a register that holds `value` gives the device.
@@ -136,7 +140,13 @@ pub struct SystemRegister {
 impl SystemRegister {
     /// S`op0`_`op1`_C`crn`_C`crm`_`op2`.
     pub const fn new(op0: u8, op1: u8, crn: u8, crm: u8, op2: u8) -> Self {
-        Self { op0, op1, crn, crm, op2 }
+        Self {
+            op0,
+            op1,
+            crn,
+            crm,
+            op2,
+        }
     }
 }
 
@@ -156,7 +166,9 @@ pub fn decode(esr: u64) -> Trap {
     let iss = esr & ISS_BITS;
     match bits(esr, EC_SHIFT, EC_BITS) {
         0x01 => Trap::Wait,
-        0x16 => Trap::Hvc { immediate: low16(iss) },
+        0x16 => Trap::Hvc {
+            immediate: low16(iss),
+        },
         0x17 => Trap::Smc,
         0x18 => Trap::SystemRegister(system_register(iss)),
         0x20 => Trap::InstructionAbort(instruction_abort(iss)),
@@ -205,7 +217,11 @@ fn instruction_abort(iss: u64) -> Abort {
     let stage1_walk = iss & S1PTW != 0;
     Abort {
         status,
-        access: if stage1_walk { walk_access(status) } else { Access::Execute },
+        access: if stage1_walk {
+            walk_access(status)
+        } else {
+            Access::Execute
+        },
         stage1_walk,
         far_invalid: iss & FNV != 0,
         transfer: None,
@@ -238,7 +254,8 @@ pub fn data_abort(iss: u64) -> Abort {
         access,
         stage1_walk,
         far_invalid: iss & FNV != 0,
-        transfer: (iss & ISV != 0 && !maintenance && !stage1_walk).then(|| transfer(iss, iss & WNR != 0)),
+        transfer: (iss & ISV != 0 && !maintenance && !stage1_walk)
+            .then(|| transfer(iss, iss & WNR != 0)),
         maintenance,
     }
 }
@@ -260,7 +277,11 @@ fn transfer(iss: u64, write: bool) -> Transfer {
 /// If a permission fault were judged as a read of a page that is readable already, it would be retried for ever.
 #[inline]
 fn walk_access(status: FaultStatus) -> Access {
-    if status == FaultStatus::Stage2(FaultKind::Permission) { Access::Write } else { Access::Read }
+    if status == FaultStatus::Stage2(FaultKind::Permission) {
+        Access::Write
+    } else {
+        Access::Read
+    }
 }
 
 #[inline]
@@ -280,7 +301,10 @@ fn fault_status(iss: u64) -> FaultStatus {
 
 /// `mask` (at most eight bits) of `value` above bit `shift`.
 #[inline]
-#[expect(clippy::cast_possible_truncation, reason = "every mask has at most eight bits")]
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "every mask has at most eight bits"
+)]
 const fn bits(value: u64, shift: u32, mask: u64) -> u8 {
     (value >> shift & mask) as u8
 }
@@ -295,7 +319,8 @@ mod tests {
     use std::vec::Vec;
 
     use super::{
-        Abort, EC_SHIFT, ESR_IL, FaultStatus, SystemRegister, SystemRegisterAccess, Transfer, Trap, decode,
+        Abort, EC_SHIFT, ESR_IL, FaultStatus, SystemRegister, SystemRegisterAccess, Transfer, Trap,
+        decode,
     };
     use crate::mmu::{Access, FaultKind};
 
@@ -315,7 +340,9 @@ mod tests {
 
     #[test]
     fn every_exception_class_has_one_meaning() {
-        let aarch32 = [0x03, 0x04, 0x05, 0x06, 0x08, 0x0c, 0x11, 0x12, 0x13, 0x28, 0x38, 0x3a];
+        let aarch32 = [
+            0x03, 0x04, 0x05, 0x06, 0x08, 0x0c, 0x11, 0x12, 0x13, 0x28, 0x38, 0x3a,
+        ];
         let hidden = [0x07, 0x09, 0x0a, 0x0d, 0x19, 0x1a, 0x1b, 0x1d, 0x27, 0x2d];
         let mut unexpected = Vec::new();
         for class in 0..64_u64 {
@@ -336,7 +363,9 @@ mod tests {
             }
         }
         // PC and SP alignment, breakpoints and their kin go to EL1; same-level classes cannot come from a guest.
-        for class in [0x00, 0x15, 0x21, 0x22, 0x25, 0x26, 0x2c, 0x2f, 0x30, 0x32, 0x34, 0x3c, 0x3f] {
+        for class in [
+            0x00, 0x15, 0x21, 0x22, 0x25, 0x26, 0x2c, 0x2f, 0x30, 0x32, 0x34, 0x3c, 0x3f,
+        ] {
             assert!(unexpected.contains(&class), "{class:#x}");
         }
     }
@@ -384,7 +413,13 @@ mod tests {
             for register in 0..32_u64 {
                 for flags in 0..8_u64 {
                     let (sse, sf, wnr) = (flags & 1, flags >> 1 & 1, flags >> 2 & 1);
-                    let iss = 1 << 24 | size << 22 | sse << 21 | register << 16 | sf << 15 | wnr << 6 | 0x06;
+                    let iss = 1 << 24
+                        | size << 22
+                        | sse << 21
+                        | register << 16
+                        | sf << 15
+                        | wnr << 6
+                        | 0x06;
                     let expected = Transfer {
                         bytes,
                         sign_extend: sse == 1,
@@ -403,11 +438,20 @@ mod tests {
 
     #[test]
     fn loads_extend_as_the_instruction_asks() {
-        let load = |bytes, sign_extend, wide| Transfer { bytes, sign_extend, register: 0, wide, write: false };
+        let load = |bytes, sign_extend, wide| Transfer {
+            bytes,
+            sign_extend,
+            register: 0,
+            wide,
+            write: false,
+        };
         assert_eq!(load(1, false, false).loaded(0xffff_ff80), 0x80);
         assert_eq!(load(1, true, false).loaded(0x80), 0xffff_ff80);
         assert_eq!(load(1, true, true).loaded(0x80), 0xffff_ffff_ffff_ff80);
-        assert_eq!(load(4, true, true).loaded(0x8000_0000), 0xffff_ffff_8000_0000);
+        assert_eq!(
+            load(4, true, true).loaded(0x8000_0000),
+            0xffff_ffff_8000_0000
+        );
         assert_eq!(load(8, false, true).loaded(u64::MAX), u64::MAX);
         assert_eq!(load(2, false, false).stored(0x12_3456), 0x3456);
         assert_eq!(load(8, false, true).stored(u64::MAX), u64::MAX);
@@ -422,15 +466,24 @@ mod tests {
             general: 7,
             write: true,
         };
-        assert_eq!(decode(0x18 << EC_SHIFT | iss), Trap::SystemRegister(expected));
+        assert_eq!(
+            decode(0x18 << EC_SHIFT | iss),
+            Trap::SystemRegister(expected)
+        );
         assert_eq!(
             decode(0x18 << EC_SHIFT | iss | 1),
-            Trap::SystemRegister(SystemRegisterAccess { write: false, ..expected })
+            Trap::SystemRegister(SystemRegisterAccess {
+                write: false,
+                ..expected
+            })
         );
     }
 
     #[test]
     fn a_hypercall_keeps_its_immediate() {
-        assert_eq!(decode(0x16 << EC_SHIFT | ESR_IL | 0xffff), Trap::Hvc { immediate: 0xffff });
+        assert_eq!(
+            decode(0x16 << EC_SHIFT | ESR_IL | 0xffff),
+            Trap::Hvc { immediate: 0xffff }
+        );
     }
 }

@@ -1,0 +1,60 @@
+//! Time and counts, as differences.
+
+use crate::arch;
+use crate::sync::percpu;
+use crate::trace::{EVENT_NAMES, EVENTS};
+
+/// A moment of the physical counter.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Moment(u64);
+
+impl Moment {
+    /// Now.
+    pub(super) fn now() -> Self {
+        Self(arch::counter())
+    }
+
+    /// Nanoseconds since.
+    pub(super) fn elapsed_ns(self) -> u64 {
+        nanoseconds(arch::counter().wrapping_sub(self.0))
+    }
+}
+
+/// `ticks` of the architected counters in nanoseconds.
+pub(super) fn nanoseconds(ticks: u64) -> u64 {
+    let hz = u128::from(arch::counter_hz().max(1));
+    u64::try_from(u128::from(ticks) * 1_000_000_000 / hz).unwrap_or(u64::MAX)
+}
+
+/// How long `work` took.
+pub(super) fn timed<T>(work: impl FnOnce() -> T) -> (T, u64) {
+    let start = Moment::now();
+    let result = work();
+    (result, start.elapsed_ns())
+}
+
+/// The sums of all CPUs' counters at some moment.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Counts([u64; EVENTS]);
+
+impl Counts {
+    /// Now.
+    pub(super) fn now() -> Self {
+        Self(EVENT_NAMES.map(|(event, _)| {
+            percpu::all()
+                .iter()
+                .map(|block| block.counters.read(event))
+                .sum()
+        }))
+    }
+
+    /// What was counted since, by name.
+    pub(super) fn since(self) -> impl Iterator<Item = (&'static str, u64)> {
+        let now = Self::now();
+        EVENT_NAMES
+            .iter()
+            .zip(now.0)
+            .zip(self.0)
+            .map(|(((_, name), now), then)| (*name, now.wrapping_sub(then)))
+    }
+}

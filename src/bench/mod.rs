@@ -1,0 +1,56 @@
+//! The measuring phases: they run at EL2 on the first CPU, the *controller*, which runs no guest itself.
+//!
+//! Each suite builds a [`scene`] (a VM with the built-in guest in it), posts operations to its vCPUs and sleeps until they
+//! are done; what it finds is printed as one line of JSON a result ([`report`]), so that a board without a host tells the
+//! same as QEMU does.
+
+mod clock;
+mod dirty;
+mod get;
+pub mod params;
+pub mod report;
+mod scene;
+mod selftest;
+mod starve;
+mod verify;
+
+use alloc::string::String;
+
+use crate::vm::Host;
+use params::{Params, Suite};
+
+/// A run went as it should, but what it verified does not hold.
+const FAILED: u32 = 1;
+
+/// Why a suite ended early, in one line.
+type Refusal = String;
+
+/// Runs what the boot arguments say, with `guest` as the built-in guest's image, and returns the run's status.
+pub fn main(host: &'static Host, arguments: &str, guest: &[u8]) -> Result<u32, Refusal> {
+    let params = Params::parse(arguments)?;
+    let enough = host.cpus().saturating_sub(1);
+    if let Some(most) = params.vcpus.iter().max()
+        && *most > enough
+        && params.suite != Suite::None
+    {
+        return Err(alloc::format!(
+            "{most} vCPUs need {} CPUs, one of them for the controller; this machine has {}",
+            most + 1,
+            enough + 1
+        ));
+    }
+    let stage = scene::Stage {
+        host,
+        params: &params,
+        guest,
+    };
+    let good = match params.suite {
+        Suite::None => true,
+        Suite::Dirty => dirty::run(&stage)?,
+        Suite::Verify => verify::run(&stage)?,
+        Suite::Selftest => selftest::run(&stage)?,
+        Suite::Get => get::run(&stage)?,
+        Suite::Starve => starve::run(&stage)?,
+    };
+    Ok(if good { 0 } else { FAILED })
+}

@@ -1,0 +1,283 @@
+//! What to run, from the boot arguments: `key=value` words, every one of them checked before anything is launched.
+
+use alloc::format;
+use alloc::string::{String, ToString};
+use alloc::vec::Vec;
+use core::str::FromStr;
+
+use crate::mmu::{Level, Locking};
+
+/// What is measured.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Suite {
+    /// Say what the machine is, and end.
+    None,
+    /// The phases of dirty logging.
+    Dirty,
+    /// Whether every write is reported.
+    Verify,
+    /// What a guest finds.
+    Selftest,
+    /// The cost of `get` on a large slot.
+    Get,
+    /// How long the exclusive side of the MMU lock is waited for among faulting vCPUs.
+    Starve,
+}
+
+/// Which clock the run is under; only the caller knows.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Timing {
+    /// Virtual nanoseconds are instructions.
+    Insn,
+    /// Real concurrency, host time.
+    Wall,
+    /// A board's own clock.
+    Hw,
+}
+
+/// Everything a run can be told.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Params {
+    /// What is measured.
+    pub suite: Suite,
+    /// vCPU counts, each measured on its own.
+    pub vcpus: Vec<usize>,
+    /// Locking modes, each measured on its own.
+    pub locking: Vec<Locking>,
+    /// Memory per vCPU, in MiB.
+    pub mib: u64,
+    /// Passes while logging.
+    pub iterations: u64,
+    /// Percent of the steps that store.
+    pub write_percent: u64,
+    /// Whether steps are in random order.
+    pub random: bool,
+    /// Seed of random orders and choices.
+    pub seed: u64,
+    /// Bytes from one step to the next.
+    pub stride: u64,
+    /// The largest leaf that guest memory is mapped with.
+    pub backing: Level,
+    /// Whether enabling protects nothing and reports everything once.
+    pub initially_all_set: bool,
+    /// Which clock.
+    pub timing: Timing,
+    /// Whether HPFAR_EL2 is believed on permission faults.
+    pub trust_hpfar: bool,
+    /// Sizes of the slot of suite `get`, in MiB.
+    pub slot_mib: Vec<u64>,
+    /// Rounds of suites that loop while vCPUs run.
+    pub rounds: u64,
+}
+
+impl Default for Params {
+    fn default() -> Self {
+        Self {
+            suite: Suite::None,
+            vcpus: Vec::from([1]),
+            locking: Vec::from([Locking::Lockless]),
+            mib: 16,
+            iterations: 2,
+            write_percent: 100,
+            random: false,
+            seed: 1,
+            stride: 4096,
+            backing: Level::L3,
+            initially_all_set: false,
+            timing: Timing::Wall,
+            trust_hpfar: false,
+            slot_mib: Vec::from([1024]),
+            rounds: 16,
+        }
+    }
+}
+
+const SIZES: [(&str, u64, Level); 3] = [
+    ("4k", 4 << 10, Level::L3),
+    ("2m", 2 << 20, Level::L2),
+    ("1g", 1 << 30, Level::L1),
+];
+const SUITES: [(&str, Suite); 6] = [
+    ("none", Suite::None),
+    ("dirty", Suite::Dirty),
+    ("verify", Suite::Verify),
+    ("selftest", Suite::Selftest),
+    ("get", Suite::Get),
+    ("starve", Suite::Starve),
+];
+const TIMINGS: [(&str, Timing); 3] = [
+    ("insn", Timing::Insn),
+    ("wall", Timing::Wall),
+    ("hw", Timing::Hw),
+];
+const LOCKINGS: [(&str, Locking); 3] = [
+    ("mutex", Locking::Mutex),
+    ("rwlock", Locking::Rwlock),
+    ("lockless", Locking::Lockless),
+];
+const ORDERS: [(&str, bool); 2] = [("sequential", false), ("random", true)];
+const BITS: [(&str, bool); 2] = [("0", false), ("1", true)];
+const SOURCES: [(&str, bool); 2] = [("at", false), ("trust", true)];
+
+impl Params {
+    /// Reads the boot arguments. Words without `=` belong to others and are ignored.
+    ///
+    /// # Errors
+    ///
+    /// The word and what is wrong with it.
+    pub fn parse(arguments: &str) -> Result<Self, String> {
+        let mut params = Self::default();
+        for word in arguments.split_whitespace() {
+            if let Some((key, value)) = word.split_once('=') {
+                params.set(key, value)?;
+            }
+        }
+        Ok(params)
+    }
+
+    fn set(&mut self, key: &str, value: &str) -> Result<(), String> {
+        match key {
+            "suite" => self.suite = named(key, value, &SUITES)?,
+            "vcpus" => self.vcpus = list(value, |word| number(key, word, 1, 1024))?,
+            "locking" => self.locking = list(value, |word| named(key, word, &LOCKINGS))?,
+            "mib" => self.mib = number(key, value, 1, 1 << 20)?,
+            "iterations" => self.iterations = number(key, value, 1, 1 << 20)?,
+            "write-percent" => self.write_percent = number(key, value, 0, 100)?,
+            "order" => self.random = named(key, value, &ORDERS)?,
+            "seed" => self.seed = number(key, value, 0, u64::from(u32::MAX))?,
+            "stride" => self.stride = size(key, value)?.0,
+            "backing" => self.backing = size(key, value)?.1,
+            "initially-all-set" => self.initially_all_set = named(key, value, &BITS)?,
+            "timing" => self.timing = named(key, value, &TIMINGS)?,
+            "hpfar" => self.trust_hpfar = named(key, value, &SOURCES)?,
+            "slot-mib" => self.slot_mib = list(value, |word| number(key, word, 2, 1 << 24))?,
+            "rounds" => self.rounds = number(key, value, 1, 1 << 20)?,
+            _ => {
+                return Err(format!(
+                    "boot argument '{key}={value}': there is no key '{key}'"
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Timing {
+    /// Its name in results.
+    pub fn name(self) -> &'static str {
+        TIMINGS
+            .iter()
+            .find(|(_, timing)| *timing == self)
+            .map_or("", |(name, _)| name)
+    }
+}
+
+/// The name of a leaf size, as in arguments and results.
+pub fn size_name(level: Level) -> &'static str {
+    SIZES
+        .iter()
+        .find(|(_, _, size)| *size == level)
+        .map_or("", |(name, ..)| name)
+}
+
+/// The name of a stride in bytes, as in arguments and results.
+pub fn stride_name(bytes: u64) -> String {
+    SIZES
+        .iter()
+        .find(|(_, size, _)| *size == bytes)
+        .map_or_else(|| bytes.to_string(), |(name, ..)| (*name).to_string())
+}
+
+fn named<T: Copy>(key: &str, value: &str, table: &[(&str, T)]) -> Result<T, String> {
+    let found = table.iter().find(|(name, _)| *name == value);
+    found.map(|(_, item)| *item).ok_or_else(|| {
+        let names: Vec<&str> = table.iter().map(|(name, _)| *name).collect();
+        format!(
+            "boot argument '{key}={value}': {key} is one of {}",
+            names.join(", ")
+        )
+    })
+}
+
+fn size(key: &str, value: &str) -> Result<(u64, Level), String> {
+    named(
+        key,
+        value,
+        &SIZES.map(|(name, bytes, level)| (name, (bytes, level))),
+    )
+}
+
+fn number<T>(key: &str, value: &str, low: T, high: T) -> Result<T, String>
+where
+    T: FromStr + PartialOrd + core::fmt::Display,
+{
+    match value.parse() {
+        Ok(number) if number >= low && number <= high => Ok(number),
+        _ => Err(format!(
+            "boot argument '{key}={value}': {key} is a number from {low} to {high}"
+        )),
+    }
+}
+
+fn list<T>(value: &str, item: impl Fn(&str) -> Result<T, String>) -> Result<Vec<T>, String> {
+    value.split(',').map(item).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::vec;
+
+    use super::{Params, Suite, Timing, size_name, stride_name};
+    use crate::mmu::{Level, Locking};
+
+    #[test]
+    fn everything_can_be_said() {
+        let params = Params::parse(
+            "quiet suite=dirty vcpus=1,2,64 locking=mutex,lockless mib=4 iterations=3 write-percent=10 order=random \
+             seed=9 stride=2m backing=1g initially-all-set=1 timing=insn hpfar=trust slot-mib=16384 rounds=5",
+        )
+        .unwrap();
+        let expected = Params {
+            suite: Suite::Dirty,
+            vcpus: vec![1, 2, 64],
+            locking: vec![Locking::Mutex, Locking::Lockless],
+            mib: 4,
+            iterations: 3,
+            write_percent: 10,
+            random: true,
+            seed: 9,
+            stride: 2 << 20,
+            backing: Level::L1,
+            initially_all_set: true,
+            timing: Timing::Insn,
+            trust_hpfar: true,
+            slot_mib: vec![16384],
+            rounds: 5,
+        };
+        assert_eq!(params, expected);
+        assert_eq!(size_name(params.backing), "1g");
+        assert_eq!(stride_name(params.stride), "2m");
+    }
+
+    #[test]
+    fn a_wrong_word_is_named_with_what_would_be_right() {
+        for (word, says) in [
+            ("suite=sweet", "suite is one of none, dirty"),
+            ("locking=ticket", "one of mutex, rwlock, lockless"),
+            ("colour=red", "no key 'colour'"),
+            ("vcpus=0", "1 to 1024"),
+            ("mib=-1", "1 to"),
+            ("write-percent=101", "0 to 100"),
+            ("mib=99999999999999999999999", "1 to"),
+        ] {
+            let error = Params::parse(word).unwrap_err();
+            assert!(error.contains(word) && error.contains(says), "{error}");
+        }
+        assert!(Params::parse("vcpus=1,,2").is_err());
+    }
+
+    #[test]
+    fn nothing_said_means_the_defaults() {
+        assert_eq!(Params::parse("").unwrap(), Params::default());
+    }
+}

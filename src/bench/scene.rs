@@ -1,0 +1,269 @@
+//! A VM with the built-in guest in it: set up, told what to do, and cleared away.
+
+use alloc::format;
+use alloc::string::ToString;
+use alloc::sync::Arc;
+use alloc::vec;
+use alloc::vec::Vec;
+use core::fmt::Display;
+
+use crate::addr::{Ipa, PAGE_BYTES, to_index};
+use crate::guest::abi::{self, op, status};
+use crate::mmu::{Level, Locking, PageSet, SlotId, Stage2};
+use crate::sync::percpu;
+use crate::sync::quiescence::CpuId;
+use crate::vm::{Command, Host, MemoryConfig, Vm, VmConfig};
+
+use super::Refusal;
+use super::params::Params;
+
+/// What every suite is given.
+pub(super) struct Stage<'a> {
+    pub(super) host: &'static Host,
+    pub(super) params: &'a Params,
+    pub(super) guest: &'a [u8],
+}
+
+/// A VM that differs from what the parameters say.
+#[derive(Clone, Copy)]
+pub(super) struct Cast {
+    pub(super) locking: Locking,
+    pub(super) vcpus: usize,
+    pub(super) backing: Level,
+    /// Bytes of each vCPU's region.
+    pub(super) region_bytes: u64,
+}
+
+/// A running VM whose vCPUs wait for operations.
+pub(super) struct Scene {
+    vm: Arc<Vm>,
+    pub(super) data: SlotId,
+    pub(super) cast: Cast,
+    log_bytes: u64,
+}
+
+/// What a vCPU reports of an operation.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Outcome {
+    /// Ticks of the virtual counter that it took.
+    pub(super) ticks: u64,
+    /// Its results.
+    pub(super) results: [u64; 2],
+}
+
+const BLOCK: u64 = 2 << 20;
+
+impl Stage<'_> {
+    /// The cast that the parameters say, for one of the modes and counts.
+    pub(super) fn cast(&self, locking: Locking, vcpus: usize) -> Cast {
+        Cast {
+            locking,
+            vcpus,
+            backing: self.params.backing,
+            region_bytes: self.params.mib << 20,
+        }
+    }
+
+    /// Sets a VM up and starts all its vCPUs; they wait for operations.
+    pub(super) fn open(&self, cast: Cast) -> Result<Scene, Refusal> {
+        let log_bytes = (cast.region_bytes / PAGE_BYTES / 8).next_multiple_of(PAGE_BYTES);
+        let system_bytes =
+            (abi::LOGS - abi::RAM + cast.vcpus as u64 * log_bytes).next_multiple_of(BLOCK);
+        let data_bytes = cast.region_bytes * cast.vcpus as u64;
+        let config = VmConfig {
+            name: "guest".to_string(),
+            vcpus: cast.vcpus,
+            locking: cast.locking,
+            trust_hpfar: self.params.trust_hpfar,
+        };
+        let vm = Vm::create(self.host, config).map_err(refused)?;
+        vm.add_memory(memory(abi::RAM, system_bytes, Level::L2)).map_err(refused)?;
+        let data = vm.add_memory(memory(abi::DATA, data_bytes, cast.backing)).map_err(refused)?;
+        let scene = Scene { vm, data, cast, log_bytes };
+        self.load(&scene)?;
+        let cpus: Vec<usize> = (1..=cast.vcpus).collect();
+        scene.vm.start(&cpus).map_err(refused)?;
+        scene.vm.turn_on(0, abi::IMAGE, abi::RAM).map_err(refused)?;
+        let start = Command { op: op::START_OTHERS, args: [0; 5] };
+        match scene.perform_one(0, start)?.results[0] {
+            0 => Ok(scene),
+            failed => Err(format!("{failed} vCPUs could not be started")),
+        }
+    }
+
+    fn load(&self, scene: &Scene) -> Result<(), Refusal> {
+        let params = abi::Params {
+            vcpus: scene.cast.vcpus as u64,
+            gic: u64::from(scene.vm.gic_version()),
+            region_bytes: scene.cast.region_bytes,
+            log_bytes: scene.log_bytes,
+        };
+        scene.write(Ipa::new(abi::RAM), &params.to_bytes())?;
+        scene.write(Ipa::new(abi::IMAGE), self.guest)
+    }
+}
+
+/// `bytes` of guest memory at `ipa`; host memory that suits the leaves wanted, as far as there is some.
+fn memory(ipa: u64, bytes: u64, max_leaf: Level) -> MemoryConfig {
+    let align_bytes = if max_leaf == Level::L1 { 1 << 30 } else { BLOCK };
+    MemoryConfig { ipa: Ipa::new(ipa), bytes, align_bytes, max_leaf }
+}
+
+/// What a VM refuses, in the run's words.
+fn refused(error: impl Display) -> Refusal {
+    format!("no VM: {error}")
+}
+
+/// The controller's position among the CPUs.
+pub(super) fn cpu() -> CpuId {
+    CpuId(percpu::index())
+}
+
+impl Scene {
+    /// The VM's stage 2.
+    pub(super) fn stage2(&self) -> &Stage2 {
+        self.vm.stage2()
+    }
+
+    /// Pages of the logged memory.
+    pub(super) fn pages(&self) -> u64 {
+        self.cast.region_bytes / PAGE_BYTES * self.cast.vcpus as u64
+    }
+
+    /// First address of the region of `vcpu`.
+    pub(super) fn region(&self, vcpu: usize) -> u64 {
+        abi::DATA + vcpu as u64 * self.cast.region_bytes
+    }
+
+    /// Posts an operation to every vCPU, without waiting.
+    pub(super) fn post(&self, command: impl Fn(usize) -> Command) -> Result<(), Refusal> {
+        (0..self.cast.vcpus).try_for_each(|vcpu| self.vm.post(vcpu, command(vcpu)).map_err(refused))
+    }
+
+    /// Sleeps until every vCPU has done what it was told.
+    pub(super) fn wait_all(&self) -> Result<Vec<Outcome>, Refusal> {
+        self.wait(self.cast.vcpus)?;
+        (0..self.cast.vcpus).map(|vcpu| self.outcome(vcpu)).collect()
+    }
+
+    /// Has every vCPU perform an operation.
+    pub(super) fn perform(&self, command: impl Fn(usize) -> Command) -> Result<Vec<Outcome>, Refusal> {
+        self.post(command)?;
+        self.wait_all()
+    }
+
+    /// Has one vCPU perform an operation.
+    pub(super) fn perform_one(&self, vcpu: usize, command: Command) -> Result<Outcome, Refusal> {
+        self.vm.post(vcpu, command).map_err(refused)?;
+        self.wait(1)?;
+        self.outcome(vcpu)
+    }
+
+    fn wait(&self, commands: usize) -> Result<(), Refusal> {
+        self.vm.wait_done(commands).map_err(|reason| format!("the guest {reason}"))
+    }
+
+    fn outcome(&self, vcpu: usize) -> Result<Outcome, Refusal> {
+        let [found, ticks, first, second] = self.vm.result(vcpu);
+        match found {
+            status::OK => Ok(Outcome { ticks, results: [first, second] }),
+            status::EXCEPTION => {
+                Err(format!("vCPU {vcpu} took an exception: ESR_EL1 {first:#x}, ELR_EL1 {second:#x}"))
+            }
+            _ => Err(format!("vCPU {vcpu} does not know operation {first}")),
+        }
+    }
+
+    /// Reads guest memory.
+    pub(super) fn read(&self, ipa: Ipa, into: &mut [u8]) -> Result<(), Refusal> {
+        let read = self.stage2().copy_from_guest(cpu(), ipa, into);
+        read.map_err(|error| format!("cannot read the guest: {error}"))
+    }
+
+    /// Writes guest memory.
+    pub(super) fn write(&self, ipa: Ipa, data: &[u8]) -> Result<(), Refusal> {
+        let written = self.stage2().copy_to_guest(cpu(), ipa, data);
+        written.map_err(|error| format!("cannot write to the guest: {error}"))
+    }
+
+    /// The guest's own log: one bit a page of the logged memory. Forgotten by the guest afterwards.
+    pub(super) fn take_write_log(&self) -> Result<Vec<u64>, Refusal> {
+        let region_pages = self.cast.region_bytes / PAGE_BYTES;
+        let mut words = vec![0; to_index(self.pages().div_ceil(64))];
+        let mut bytes = vec![0; to_index(self.log_bytes)];
+        for vcpu in 0..self.cast.vcpus as u64 {
+            let at = Ipa::new(abi::LOGS + vcpu * self.log_bytes);
+            self.read(at, &mut bytes)?;
+            for page in 0..region_pages {
+                let byte = bytes.get(to_index(page / 8)).copied().unwrap_or(0);
+                if byte & (1 << (page % 8)) != 0 {
+                    let page = vcpu * region_pages + page;
+                    if let Some(word) = words.get_mut(to_index(page / 64)) {
+                        *word |= 1 << (page % 64);
+                    }
+                }
+            }
+            bytes.fill(0);
+            self.write(at, &bytes)?;
+        }
+        Ok(words)
+    }
+
+    /// Ends the VM; everything it had is given back.
+    pub(super) fn close(self) -> Result<(), Refusal> {
+        self.vm.destroy().map_err(refused)
+    }
+}
+
+/// How a reported set compares with what the guest says it wrote.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub(super) struct Comparison {
+    /// Pages the guest wrote.
+    pub(super) written: u64,
+    /// Pages reported.
+    pub(super) reported: u64,
+    /// Pages written and not reported.
+    pub(super) lost: u64,
+    /// Pages reported and not written.
+    pub(super) extra: u64,
+}
+
+impl Comparison {
+    /// Compares the pages of `reported` with the bits of `written`.
+    pub(super) fn of(written: &[u64], reported: &PageSet) -> Self {
+        let mut words = vec![0; written.len()];
+        for (first, bits) in reported.words() {
+            if let Some(word) = words.get_mut(to_index(first / 64)) {
+                *word |= bits;
+            }
+        }
+        let mut sums = Self::default();
+        for (written, reported) in written.iter().zip(words) {
+            sums.written += u64::from(written.count_ones());
+            sums.reported += u64::from(reported.count_ones());
+            sums.lost += u64::from((written & !reported).count_ones());
+            sums.extra += u64::from((reported & !written).count_ones());
+        }
+        sums
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Comparison;
+    use crate::mmu::PageSet;
+
+    #[test]
+    fn lost_and_extra_pages_are_told_apart() {
+        let mut reported = PageSet::default();
+        reported.push(0, 0b110);
+        reported.push(64, 1);
+        let expected = Comparison {
+            written: 2,
+            reported: 3,
+            lost: 1,
+            extra: 2,
+        };
+        assert_eq!(Comparison::of(&[0b011, 0], &reported), expected);
+    }
+}

@@ -1,0 +1,68 @@
+//! Suite `selftest`: does the guest find the machine it was promised?
+
+use alloc::vec::Vec;
+
+use crate::guest::abi::op;
+use crate::vm::Command;
+
+use super::Refusal;
+use super::report::Row;
+use super::scene::{Outcome, Scene, Stage, cpu};
+
+const IPI_ROUNDS: u64 = 50;
+
+/// Every check on every vCPU; false when one failed.
+pub(super) fn run(stage: &Stage<'_>) -> Result<bool, Refusal> {
+    let mut good = true;
+    for &vcpus in &stage.params.vcpus {
+        for &locking in &stage.params.locking {
+            let scene = stage.open(stage.cast(locking, vcpus))?;
+            good &= judge(
+                stage,
+                "timer",
+                &scene,
+                scene.perform(|_| command(op::TIMER_TEST, 0))?,
+            );
+            good &= judge(stage, "ipi", &scene, scene.perform(ipi)?);
+            // Hostility meets memory that is being logged, too.
+            let enabled = scene.stage2().enable_logging(cpu(), scene.data, false);
+            enabled.map_err(|error| alloc::format!("dirty logging: {error}"))?;
+            let hostile = scene.perform(|vcpu| command(op::HOSTILE, scene.region(vcpu)))?;
+            good &= judge(stage, "hostile", &scene, hostile);
+            scene.close()?;
+        }
+    }
+    Ok(good)
+}
+
+fn command(op: u64, first: u64) -> Command {
+    Command {
+        op,
+        args: [first, 0, 0, 0, 0],
+    }
+}
+
+fn ipi(vcpu: usize) -> Command {
+    command(
+        if vcpu == 0 {
+            op::IPI_SEND
+        } else {
+            op::IPI_SERVE
+        },
+        IPI_ROUNDS,
+    )
+}
+
+fn judge(stage: &Stage<'_>, case: &str, scene: &Scene, outcomes: Vec<Outcome>) -> bool {
+    let checks: u64 = outcomes.iter().map(|outcome| outcome.results[0]).sum();
+    let failed = outcomes
+        .iter()
+        .fold(0, |bits, outcome| bits | outcome.results[1]);
+    Row::new("selftest", case, stage.params.timing.name())
+        .param("vcpus", scene.cast.vcpus)
+        .word("locking", scene.cast.locking.name())
+        .value("checks", checks)
+        .value("failed_mask", failed)
+        .print();
+    failed == 0
+}

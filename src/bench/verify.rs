@@ -1,0 +1,204 @@
+//! Suite `verify`: whether every write is reported.
+//!
+//! *Stopped*: after each random pass the reported set is compared with the guest's own log; they must be equal. *Running*:
+//! vCPUs write at random without pause while the controller collects, clears and copies; after the last round, with the
+//! vCPUs stopped, a copy fed only by the reports must equal the guest's memory byte for byte.
+
+use alloc::format;
+use alloc::vec;
+use alloc::vec::Vec;
+
+use crate::addr::{Ipa, PAGE_BYTES, to_index};
+use crate::guest::abi::{self, flags, op};
+use crate::mmu::{Level, PageSet};
+use crate::vm::Command;
+
+use super::Refusal;
+use super::params::size_name;
+use super::report::{Row, progress};
+use super::scene::{Cast, Comparison, Scene, Stage, cpu};
+
+const PAGE: usize = to_index(PAGE_BYTES);
+
+/// Every mode, with pages and with blocks; false when anything was lost.
+pub(super) fn run(stage: &Stage<'_>) -> Result<bool, Refusal> {
+    let params = stage.params;
+    let mut cases = Vec::new();
+    for &vcpus in &params.vcpus {
+        for &locking in &params.locking {
+            for (backing, all_set) in [(Level::L3, false), (Level::L2, false), (Level::L2, true)] {
+                cases.push((
+                    Cast {
+                        backing,
+                        ..stage.cast(locking, vcpus)
+                    },
+                    all_set,
+                ));
+            }
+        }
+    }
+    let mut good = true;
+    for (done, (cast, all_set)) in cases.iter().enumerate() {
+        progress(
+            done,
+            cases.len(),
+            format_args!("verify: {} vCPUs, {}", cast.vcpus, cast.locking.name()),
+        );
+        good &= stopped(stage, *cast, *all_set)?;
+        good &= running(stage, *cast, *all_set)?;
+    }
+    Ok(good)
+}
+
+fn row(stage: &Stage<'_>, case: &str, cast: Cast, all_set: bool) -> Row {
+    Row::new("verify", case, stage.params.timing.name())
+        .param("vcpus", cast.vcpus)
+        .word("locking", cast.locking.name())
+        .word("backing", size_name(cast.backing))
+        .param("mib_per_vcpu", stage.params.mib)
+        .param("initially_all_set", all_set)
+}
+
+/// A scene whose memory is populated and logged.
+fn logged(stage: &Stage<'_>, cast: Cast, all_set: bool) -> Result<Scene, Refusal> {
+    let scene = stage.open(cast)?;
+    let pages = cast.region_bytes / PAGE_BYTES;
+    scene.perform(|vcpu| Command {
+        op: op::PASS,
+        args: [scene.region(vcpu), pages, PAGE_BYTES, 100, 7],
+    })?;
+    let enabled = scene.stage2().enable_logging(cpu(), scene.data, all_set);
+    enabled.map_err(|error| format!("dirty logging: {error}"))?;
+    Ok(scene)
+}
+
+fn clear(scene: &Scene) -> Result<PageSet, Refusal> {
+    let mut pages = PageSet::default();
+    let cleared = scene
+        .stage2()
+        .clear(cpu(), scene.data, 0, scene.pages(), &mut pages);
+    cleared.map_err(|error| format!("dirty logging: {error}"))?;
+    Ok(pages)
+}
+
+fn stopped(stage: &Stage<'_>, cast: Cast, all_set: bool) -> Result<bool, Refusal> {
+    let scene = logged(stage, cast, all_set)?;
+    let steps = cast.region_bytes / PAGE_BYTES;
+    let mut sums = Comparison::default();
+    if all_set {
+        // Everything is reported once, whatever was written.
+        let first = clear(&scene)?;
+        sums.lost += scene.pages() - first.len();
+    }
+    for iteration in 1..=stage.params.iterations {
+        let how = 50 | flags::RANDOM | flags::LOG;
+        let seed = |vcpu: usize| {
+            (stage.params.seed + iteration * 1000 + vcpu as u64) & u64::from(u32::MAX)
+        };
+        scene.perform(|vcpu| Command {
+            op: op::PASS,
+            args: [
+                scene.region(vcpu),
+                steps,
+                PAGE_BYTES,
+                how,
+                seed(vcpu) << 32 | iteration,
+            ],
+        })?;
+        let found = Comparison::of(&scene.take_write_log()?, &clear(&scene)?);
+        sums.written += found.written;
+        sums.reported += found.reported;
+        sums.lost += found.lost;
+        sums.extra += found.extra;
+    }
+    scene.close()?;
+    row(stage, "stopped", cast, all_set)
+        .value("pages_written", sums.written)
+        .value("pages_reported", sums.reported)
+        .value("pages_lost", sums.lost)
+        .value("pages_extra", sums.extra)
+        .print();
+    Ok(sums.lost == 0 && sums.extra == 0)
+}
+
+/// A copy of the logged memory, page by page.
+struct Shadow(Vec<Vec<u8>>);
+
+impl Shadow {
+    fn new(pages: u64) -> Self {
+        Self((0..pages).map(|_| vec![0; PAGE]).collect())
+    }
+
+    fn copy(&mut self, scene: &Scene, page: u64) -> Result<(), Refusal> {
+        match self.0.get_mut(to_index(page)) {
+            Some(copy) => scene.read(Ipa::new(abi::DATA + page * PAGE_BYTES), copy),
+            None => Err(format!("page {page} was reported and does not exist")),
+        }
+    }
+
+    /// Pages that differ from the guest's memory.
+    fn differing(&self, scene: &Scene) -> Result<u64, Refusal> {
+        let mut now = vec![0; PAGE];
+        let mut differing = 0;
+        for (page, copy) in (0_u64..).zip(&self.0) {
+            scene.read(Ipa::new(abi::DATA + page * PAGE_BYTES), &mut now)?;
+            differing += u64::from(now != *copy);
+        }
+        Ok(differing)
+    }
+}
+
+fn running(stage: &Stage<'_>, cast: Cast, all_set: bool) -> Result<bool, Refusal> {
+    let scene = logged(stage, cast, all_set)?;
+    let mut shadow = Shadow::new(scene.pages());
+    if !all_set {
+        for page in 0..scene.pages() {
+            shadow.copy(&scene, page)?;
+        }
+    }
+    set_stop(&scene, 0)?;
+    let pages = cast.region_bytes / PAGE_BYTES;
+    scene.post(|vcpu| Command {
+        op: op::FREE_RUN,
+        args: [
+            scene.region(vcpu),
+            pages,
+            stage.params.seed + vcpu as u64,
+            0,
+            0,
+        ],
+    })?;
+    let mut reported = 0;
+    for _ in 0..stage.params.rounds {
+        let harvest = clear(&scene)?;
+        reported += harvest.len();
+        for page in harvest.pages() {
+            shadow.copy(&scene, page)?;
+        }
+    }
+    set_stop(&scene, 1)?;
+    let stores: u64 = scene
+        .wait_all()?
+        .iter()
+        .map(|outcome| outcome.results[0])
+        .sum();
+    let last = clear(&scene)?;
+    for page in last.pages() {
+        shadow.copy(&scene, page)?;
+    }
+    let lost = shadow.differing(&scene)?;
+    scene.close()?;
+    row(stage, "running", cast, all_set)
+        .param("rounds", stage.params.rounds)
+        .value("stores", stores)
+        .value("pages_reported", reported + last.len())
+        .value("pages_lost", lost)
+        .print();
+    Ok(lost == 0 && stores != 0)
+}
+
+/// Tells all vCPUs to leave their free run, or lets them enter one.
+pub(super) fn set_stop(scene: &Scene, stop: u64) -> Result<(), Refusal> {
+    (0..scene.cast.vcpus)
+        .try_for_each(|vcpu| scene.write(Ipa::new(abi::area(vcpu as u64)), &stop.to_le_bytes()))
+}
