@@ -1,7 +1,6 @@
 //! A VM with the built-in guest in it: set up, told what to do, and cleared away.
 
 use alloc::format;
-use alloc::string::ToString;
 use alloc::sync::Arc;
 use alloc::vec;
 use alloc::vec::Vec;
@@ -9,10 +8,11 @@ use core::fmt::Display;
 
 use crate::addr::{Ipa, PAGE_BYTES, to_index};
 use crate::guest::abi::{self, op, status};
-use crate::mmu::{Level, Locking, PageSet, SlotId, Stage2};
+use crate::mem::{self, frames};
+use crate::mmu::{Contents, Extent, Level, Locking, Memory, PageSet, SlotConfig, SlotId, Stage2};
 use crate::sync::percpu;
 use crate::sync::quiescence::CpuId;
-use crate::vm::{Command, Host, MemoryConfig, Vm, VmConfig};
+use crate::vm::{Command, Host, Vm, VmConfig};
 
 use super::Refusal;
 use super::params::Params;
@@ -37,6 +37,8 @@ pub(super) struct Cast {
 /// A running VM whose vCPUs wait for operations.
 pub(super) struct Scene {
     vm: Arc<Vm>,
+    host: &'static Host,
+    memory: Vec<mem::Extent>,
     pub(super) data: SlotId,
     pub(super) cast: Cast,
     log_bytes: u64,
@@ -70,25 +72,39 @@ impl Stage<'_> {
         let system_bytes =
             (abi::LOGS - abi::RAM + cast.vcpus as u64 * log_bytes).next_multiple_of(BLOCK);
         let data_bytes = cast.region_bytes * cast.vcpus as u64;
+        let mut memory = Vec::new();
+        let system = reserve(&mut memory, system_bytes, abi::RAM, Level::L2)?;
+        let data = reserve(&mut memory, data_bytes, abi::DATA, cast.backing)?;
         let config = VmConfig {
-            name: "guest".to_string(),
             vcpus: cast.vcpus,
             locking: cast.locking,
             trust_hpfar: self.params.trust_hpfar,
+            entry: Ipa::new(abi::IMAGE),
         };
-        let vm = Vm::create(self.host, config).map_err(refused)?;
-        vm.add_memory(memory(abi::RAM, system_bytes, Level::L2)).map_err(refused)?;
-        let data = vm.add_memory(memory(abi::DATA, data_bytes, cast.backing)).map_err(refused)?;
-        let scene = Scene { vm, data, cast, log_bytes };
+        let vm = Vm::create(self.host, &config).map_err(refused)?;
+        vm.stage2().add_slot(system).map_err(refused)?;
+        let data = vm.stage2().add_slot(data).map_err(refused)?;
+        let scene = Scene {
+            vm,
+            host: self.host,
+            memory,
+            data,
+            cast,
+            log_bytes,
+        };
         self.load(&scene)?;
-        let cpus: Vec<usize> = (1..=cast.vcpus).collect();
-        scene.vm.start(&cpus).map_err(refused)?;
-        scene.vm.turn_on(0, abi::IMAGE, abi::RAM).map_err(refused)?;
-        let start = Command { op: op::START_OTHERS, args: [0; 5] };
+        scene.vm.start(self.host);
+        scene.outcome(0)?;
+        let start = Command {
+            op: op::START_OTHERS,
+            args: [0; 5],
+        };
         match scene.perform_one(0, start)?.results[0] {
-            0 => Ok(scene),
-            failed => Err(format!("{failed} vCPUs could not be started")),
+            0 => {}
+            failed => return Err(format!("{failed} vCPUs could not be started")),
         }
+        (1..cast.vcpus).try_for_each(|vcpu| scene.outcome(vcpu).map(drop))?;
+        Ok(scene)
     }
 
     fn load(&self, scene: &Scene) -> Result<(), Refusal> {
@@ -103,10 +119,36 @@ impl Stage<'_> {
     }
 }
 
-/// `bytes` of guest memory at `ipa`; host memory that suits the leaves wanted, as far as there is some.
-fn memory(ipa: u64, bytes: u64, max_leaf: Level) -> MemoryConfig {
-    let align_bytes = if max_leaf == Level::L1 { 1 << 30 } else { BLOCK };
-    MemoryConfig { ipa: Ipa::new(ipa), bytes, align_bytes, max_leaf }
+/// A slot with host memory behind it, which `memory` owns.
+fn reserve(
+    memory: &mut Vec<mem::Extent>,
+    bytes: u64,
+    ipa: u64,
+    max_leaf: Level,
+) -> Result<SlotConfig, Refusal> {
+    let align = if max_leaf == Level::L1 {
+        1 << 30
+    } else {
+        BLOCK
+    };
+    let extents = frames::scattered(bytes, align)
+        .ok_or_else(|| format!("not enough memory: {} MiB of guest do not fit", bytes >> 20))?;
+    let backing = extents
+        .iter()
+        .map(|extent| Extent {
+            pa: extent.pa,
+            bytes: extent.bytes,
+        })
+        .collect();
+    memory.extend(extents);
+    Ok(SlotConfig {
+        ipa: Ipa::new(ipa),
+        backing,
+        max_leaf,
+        memory: Memory::Normal,
+        writable: true,
+        contents: Contents::Zero,
+    })
 }
 
 /// What a VM refuses, in the run's words.
@@ -136,40 +178,44 @@ impl Scene {
     }
 
     /// Posts an operation to every vCPU, without waiting.
-    pub(super) fn post(&self, command: impl Fn(usize) -> Command) -> Result<(), Refusal> {
-        (0..self.cast.vcpus).try_for_each(|vcpu| self.vm.post(vcpu, command(vcpu)).map_err(refused))
+    pub(super) fn post(&self, command: impl Fn(usize) -> Command) {
+        (0..self.cast.vcpus).for_each(|vcpu| self.vm.post(vcpu, command(vcpu)));
     }
 
     /// Sleeps until every vCPU has done what it was told.
     pub(super) fn wait_all(&self) -> Result<Vec<Outcome>, Refusal> {
-        self.wait(self.cast.vcpus)?;
-        (0..self.cast.vcpus).map(|vcpu| self.outcome(vcpu)).collect()
+        (0..self.cast.vcpus)
+            .map(|vcpu| self.outcome(vcpu))
+            .collect()
     }
 
     /// Has every vCPU perform an operation.
-    pub(super) fn perform(&self, command: impl Fn(usize) -> Command) -> Result<Vec<Outcome>, Refusal> {
-        self.post(command)?;
+    pub(super) fn perform(
+        &self,
+        command: impl Fn(usize) -> Command,
+    ) -> Result<Vec<Outcome>, Refusal> {
+        self.post(command);
         self.wait_all()
     }
 
     /// Has one vCPU perform an operation.
     pub(super) fn perform_one(&self, vcpu: usize, command: Command) -> Result<Outcome, Refusal> {
-        self.vm.post(vcpu, command).map_err(refused)?;
-        self.wait(1)?;
+        self.vm.post(vcpu, command);
         self.outcome(vcpu)
     }
 
-    fn wait(&self, commands: usize) -> Result<(), Refusal> {
-        self.vm.wait_done(commands).map_err(|reason| format!("the guest {reason}"))
-    }
-
+    /// Sleeps until `vcpu` has done what it was told.
     fn outcome(&self, vcpu: usize) -> Result<Outcome, Refusal> {
-        let [found, ticks, first, second] = self.vm.result(vcpu);
+        let stopped = |reason| format!("vCPU {vcpu} stopped: {reason}");
+        let [found, ticks, first, second] = self.vm.wait(vcpu).map_err(stopped)?;
         match found {
-            status::OK => Ok(Outcome { ticks, results: [first, second] }),
-            status::EXCEPTION => {
-                Err(format!("vCPU {vcpu} took an exception: ESR_EL1 {first:#x}, ELR_EL1 {second:#x}"))
-            }
+            status::OK => Ok(Outcome {
+                ticks,
+                results: [first, second],
+            }),
+            status::EXCEPTION => Err(format!(
+                "vCPU {vcpu} took an exception: ESR_EL1 {first:#x}, ELR_EL1 {second:#x}"
+            )),
             _ => Err(format!("vCPU {vcpu} does not know operation {first}")),
         }
     }
@@ -210,8 +256,9 @@ impl Scene {
     }
 
     /// Ends the VM; everything it had is given back.
-    pub(super) fn close(self) -> Result<(), Refusal> {
-        self.vm.destroy().map_err(refused)
+    pub(super) fn close(self) {
+        Vm::destroy(self.vm, self.host);
+        self.memory.into_iter().for_each(frames::release);
     }
 }
 

@@ -111,7 +111,7 @@ fn stopped(stage: &Stage<'_>, cast: Cast, all_set: bool) -> Result<bool, Refusal
         sums.lost += found.lost;
         sums.extra += found.extra;
     }
-    scene.close()?;
+    scene.close();
     row(stage, "stopped", cast, all_set)
         .value("pages_written", sums.written)
         .value("pages_reported", sums.reported)
@@ -167,7 +167,7 @@ fn running(stage: &Stage<'_>, cast: Cast, all_set: bool) -> Result<bool, Refusal
             0,
             0,
         ],
-    })?;
+    });
     let mut reported = 0;
     for _ in 0..stage.params.rounds {
         let harvest = clear(&scene)?;
@@ -187,7 +187,7 @@ fn running(stage: &Stage<'_>, cast: Cast, all_set: bool) -> Result<bool, Refusal
         shadow.copy(&scene, page)?;
     }
     let lost = shadow.differing(&scene)?;
-    scene.close()?;
+    scene.close();
     row(stage, "running", cast, all_set)
         .param("rounds", stage.params.rounds)
         .value("stores", stores)
