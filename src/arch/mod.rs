@@ -8,6 +8,7 @@ pub mod atomic;
 #[macro_use]
 pub mod context;
 pub mod features;
+pub mod offsets;
 pub mod stage1;
 
 #[cfg(target_os = "none")]

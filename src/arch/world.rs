@@ -11,7 +11,6 @@
 //! References: DDI 0487 issue K.a, D19.2 (registers).
 
 use core::arch::{asm, global_asm};
-use core::mem::offset_of;
 
 use aarch64_cpu::registers::{
     CNTV_CTL_EL0, CNTVOFF_EL2, ID_AA64PFR0_EL1, Readable, SCTLR_EL1, VTCR_EL2, Writeable,
@@ -20,9 +19,7 @@ use aarch64_cpu::registers::{
 use super::context::{
     El1, Exit, FRAME_ESR, FRAME_HOST_STACK, FRAME_PC, Frame, Simd, Stage2Geometry,
 };
-use super::{isb, set_vttbr, shield_stage1};
-use crate::sync::percpu::{CpuBlock, EMERGENCY_STACK_TOP_OFFSET};
-use crate::trace::Event;
+use super::{isb, offsets, set_vttbr, shield_stage1};
 
 /// ESR_EL2.EC is bits 31:26; ISS2 above it is not looked at by the short paths.
 const ESR_EC_SHIFT: u32 = 26;
@@ -37,8 +34,8 @@ const FATAL_BYTES: usize = 256;
 
 global_asm!(
     include_str!("vectors.S"),
-    EMERGENCY_STACK_TOP = const EMERGENCY_STACK_TOP_OFFSET,
-    EXITS = const offset_of!(CpuBlock, counters) + 8 * Event::Exits as usize,
+    EMERGENCY_STACK_TOP = const offsets::EMERGENCY_STACK_TOP,
+    EXITS = const offsets::EXITS,
     FATAL_BYTES = const FATAL_BYTES,
     ESR_EC_SHIFT = const ESR_EC_SHIFT,
     EC_HVC = const EC_HVC,

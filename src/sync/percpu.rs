@@ -9,7 +9,7 @@ use core::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, Ordering};
 
 use spin::Once;
 
-use crate::arch;
+use crate::arch::{self, offsets};
 use crate::trace::ring::Ring;
 use crate::trace::{Counters, Event};
 
@@ -33,14 +33,9 @@ pub struct CpuBlock {
     pub ring: Ring,
 }
 
-/// Offset of [`CpuBlock::frame`], for the vectors.
-pub const FRAME_OFFSET: usize = 0;
-/// Offset of [`CpuBlock::emergency_stack_top`], for the vectors.
-pub const EMERGENCY_STACK_TOP_OFFSET: usize = 8;
-
 const _: () = {
-    assert!(offset_of!(CpuBlock, frame) == FRAME_OFFSET);
-    assert!(offset_of!(CpuBlock, emergency_stack_top) == EMERGENCY_STACK_TOP_OFFSET);
+    assert!(offset_of!(CpuBlock, emergency_stack_top) == offsets::EMERGENCY_STACK_TOP);
+    assert!(offset_of!(CpuBlock, counters) + 8 * Event::Exits as usize == offsets::EXITS);
     assert!(size_of::<CpuBlock>() <= 4096);
 };
 

@@ -8,8 +8,7 @@ use aarch64_cpu::registers::{
 };
 
 use crate::addr::Pa;
-use crate::arch::stage1;
-use crate::sync::percpu::EMERGENCY_STACK_TOP_OFFSET;
+use crate::arch::{offsets, stage1};
 
 /// Bytes of the boot CPU's stack, which runs the controller too; the other CPUs' stacks are allocated.
 pub const BOOT_STACK_BYTES: u64 = 64 << 10;
@@ -86,7 +85,7 @@ pub struct Launch {
 global_asm!(
     include_str!("../boot.S"),
     CURRENT_EL2 = const CurrentEL::EL::EL2.value,
-    EMERGENCY_STACK_TOP = const EMERGENCY_STACK_TOP_OFFSET,
+    EMERGENCY_STACK_TOP = const offsets::EMERGENCY_STACK_TOP,
     LAUNCH_TABLES = const core::mem::offset_of!(Launch, tables),
     LAUNCH_STACK_TOP = const core::mem::offset_of!(Launch, stack_top),
     LAUNCH_ARGUMENT = const core::mem::offset_of!(Launch, argument),
