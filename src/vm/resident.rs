@@ -194,9 +194,10 @@ impl<'a> Resident<'a> {
         gic.priority_drop(irq);
         let intid = irq.intid();
         if intid == interrupts.virtual_timer {
-            // It stays active until the guest deactivates its virtual twin.
+            // It stays active until the guest deactivates its virtual twin. The twin of the last time may still be listed,
+            // deactivated: that has to be known first, or it would look like the end of this one.
+            self.take_back();
             vtimer::fired(&mut self.vcpu.private.lock());
-            self.vcpu.attention.store(true, Ordering::Relaxed);
             return;
         }
         if intid == interrupts.maintenance {

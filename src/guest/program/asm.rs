@@ -33,7 +33,8 @@ global_asm!(
     mair = const MAIR,
     tcr = const TCR,
     sctlr = const SCTLR,
-    fp_on = const 0b11 << 20,
+    // CPACR_EL1.FPEN and ZEN: what is hidden has to be hidden by EL2, not by this guest.
+    vectors_on = const 0b11 << 20 | 0b11 << 16,
 );
 
 unsafe extern "C" {

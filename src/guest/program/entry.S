@@ -50,7 +50,7 @@ guest_secondary:
     msr     tcr_el1, x1
     adr     x1, guest_vectors
     msr     vbar_el1, x1
-    mov     x1, #{fp_on}
+    ldr     x1, ={vectors_on}
     msr     cpacr_el1, x1
     isb
     tlbi    vmalle1

@@ -93,6 +93,7 @@ pub(super) fn ipi_send(rounds: u64) -> Done {
             }
         }
     }
+    asm::set_timer_control(TIMER_OFF);
     Done::ok(checks, failed)
 }
 
