@@ -36,6 +36,8 @@ pub struct Private {
     sgi_active: [u8; SGIS as usize],
     /// The PPI whose physical twin EL2 has taken and nobody has deactivated.
     held: u32,
+    /// It was taken anew before the model learnt that its guest had deactivated it.
+    taken_anew: bool,
 }
 
 /// What is to be done with the virtual CPU interface.
@@ -80,6 +82,7 @@ impl Private {
             sgi_pending: [0; SGIS as usize],
             sgi_active: [0; SGIS as usize],
             held: 0,
+            taken_anew: false,
         }
     }
 
@@ -92,6 +95,7 @@ impl Private {
 
     /// EL2 has taken the physical twin of `intid`, which stays active.
     pub fn hold(&mut self, intid: u8) {
+        self.taken_anew = self.held & bit(intid) != 0;
         self.held |= bit(intid);
     }
 
@@ -133,7 +137,7 @@ impl Private {
         self.active |= if active { it } else { 0 };
         if listed.hardware.is_none() {
             self.pending |= if pending { it } else { 0 };
-        } else if state.is_none() {
+        } else if state.is_none() && !core::mem::take(&mut self.taken_anew) {
             self.held &= !it;
         }
     }
@@ -470,6 +474,19 @@ mod tests {
         private.take_back(&entry, None);
         assert!(!private.holds());
         assert_eq!(listed(&private.list(&WIRING)), []);
+    }
+
+    #[test]
+    fn a_timer_that_fires_again_before_the_model_saw_its_end_is_delivered_again() {
+        let mut private = enabled();
+        private.hold(27);
+        let entry = only(&private.list(&WIRING));
+        private.hold(27);
+        private.take_back(&entry, None);
+        let entry = only(&private.list(&WIRING));
+        assert_eq!((entry.state, entry.hardware), (State::Pending, Some(27)));
+        private.take_back(&entry, None);
+        assert!(!private.holds());
     }
 
     #[test]
