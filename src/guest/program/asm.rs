@@ -82,6 +82,11 @@ macro_rules! write_register {
     };
 }
 
+write_register!(
+    set_feature_access,
+    "cpacr_el1",
+    "CPACR_EL1: what EL1 and EL0 may use."
+);
 write_register!(set_timer_control, "cntv_ctl_el0", "CNTV_CTL_EL0.");
 write_register!(set_timer_value, "cntv_tval_el0", "CNTV_TVAL_EL0.");
 write_register!(set_icc_sre, "s3_0_c12_c12_5", "ICC_SRE_EL1.");

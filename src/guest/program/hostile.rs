@@ -15,6 +15,9 @@ const DATA_ABORT: u64 = 0x25;
 /// Synchronous external abort, not on a table walk.
 const EXTERNAL: u64 = 0x10;
 
+/// CPACR_EL1.{FPEN,ZEN}.
+const SVE_AND_FP: u64 = 0b11 << 20 | 0b11 << 16;
+
 const PSCI_VERSION: u64 = 0x8400_0000;
 const PSCI_INVALID_PARAMETERS: u64 = (-2_i64) as u64;
 const PSCI_ALREADY_ON: u64 = (-4_i64) as u64;
@@ -86,6 +89,8 @@ fn calls(score: &mut Score) {
 fn instructions(score: &mut Score) {
     score.undefined(probe(asm::undefined));
     score.undefined(probe(|| ignore(asm::pmu_counter())));
+    // Where the CPU has SVE, EL1's own trap comes first and must not be what answers.
+    asm::set_feature_access(SVE_AND_FP);
     score.undefined(probe(|| ignore(asm::sve_control())));
     score.undefined(probe(|| ignore(asm::vttbr())));
 }
