@@ -2,12 +2,14 @@
 
 use alloc::vec::Vec;
 
+use crate::addr::PAGE_BYTES;
 use crate::guest::abi::op;
 use crate::vm::Command;
 
 use super::Refusal;
 use super::report::Row;
 use super::scene::{Outcome, Scene, Stage, cpu};
+use super::verify::clear;
 
 const IPI_ROUNDS: u64 = 50;
 
@@ -29,10 +31,29 @@ pub(super) fn run(stage: &Stage<'_>) -> Result<bool, Refusal> {
             enabled.map_err(|error| alloc::format!("dirty logging: {error}"))?;
             let hostile = scene.perform(|vcpu| command(op::HOSTILE, scene.region(vcpu)))?;
             good &= judge(stage, "hostile", &scene, hostile);
+            good &= judge(stage, "recorded", &scene, recorded(&scene)?);
             scene.close();
         }
     }
     Ok(good)
+}
+
+/// The hostile guest wrote the first two pages of each region, by ordinary, exclusive and page-crossing stores: they and no
+/// others are reported. Bit 0 fails for a page that is missing, bit 1 for one too many.
+fn recorded(scene: &Scene) -> Result<Vec<Outcome>, Refusal> {
+    let expected = (0..scene.cast.vcpus as u64).flat_map(|vcpu| {
+        let first = vcpu * scene.cast.region_bytes / PAGE_BYTES;
+        [first, first + 1]
+    });
+    let expected: Vec<u64> = expected.collect();
+    let reported: Vec<u64> = clear(scene)?.pages().collect();
+    let missing = expected.iter().any(|page| !reported.contains(page));
+    let extra = reported.iter().any(|page| !expected.contains(page));
+    let failed = u64::from(missing) | u64::from(extra) << 1;
+    Ok(Vec::from([Outcome {
+        ticks: 0,
+        results: [expected.len() as u64, failed],
+    }]))
 }
 
 fn command(op: u64, first: u64) -> Command {
