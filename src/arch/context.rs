@@ -163,6 +163,9 @@ macro_rules! el1_structure {
             pub vmpidr: u64,
             /// The SIMD and floating-point registers.
             pub simd: Simd,
+            /// Pointer-authentication keys, low and high halves of APIA, APIB, APDA, APDB and APGA; zero without
+            /// FEAT_PAuth.
+            pub keys: [u64; 10],
         }
     };
 }

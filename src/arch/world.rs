@@ -13,7 +13,7 @@
 use core::arch::{asm, global_asm};
 
 use aarch64_cpu::registers::{
-    CNTV_CTL_EL0, CNTVOFF_EL2, ID_AA64PFR0_EL1, Readable, SCTLR_EL1, VTCR_EL2, Writeable,
+    CNTV_CTL_EL0, CNTVOFF_EL2, HCR_EL2, ID_AA64PFR0_EL1, Readable, SCTLR_EL1, VTCR_EL2, Writeable,
 };
 
 use super::context::{
@@ -141,6 +141,9 @@ pub unsafe fn reload(el1: &El1) {
     };
     CNTVOFF_EL2.set(el1.cntvoff);
     write_simd(&el1.simd);
+    if has_keys() {
+        write_keys(&el1.keys);
+    }
     write_registers(el1);
     CNTV_CTL_EL0.set(el1.cntv_ctl);
     isb();
@@ -156,8 +159,40 @@ pub unsafe fn put(el1: &mut El1, idle_vttbr: u64) {
     CNTV_CTL_EL0.set(0);
     read_registers(el1);
     read_simd(&mut el1.simd);
+    if has_keys() {
+        el1.keys = read_keys();
+    }
     shield_stage1();
     set_vttbr(idle_vttbr);
+}
+
+/// Whether guests are given pointer authentication: every CPU has it, then.
+fn has_keys() -> bool {
+    HCR_EL2.is_set(HCR_EL2::APK)
+}
+
+macro_rules! keys {
+    ($($index:literal $name:literal)*) => {
+        fn read_keys() -> [u64; 10] {
+            let mut keys = [0; 10];
+            $(
+                // SAFETY: reading a key has no effect; the CPU has FEAT_PAuth.
+                unsafe { asm!(concat!("mrs {}, ", $name), out(reg) keys[$index], options(nomem, nostack, preserves_flags)) };
+            )*
+            keys
+        }
+
+        fn write_keys(keys: &[u64; 10]) {
+            $(
+                // SAFETY: EL2 authenticates no pointers; the CPU has FEAT_PAuth.
+                unsafe { asm!(concat!("msr ", $name, ", {}"), in(reg) keys[$index], options(nomem, nostack, preserves_flags)) };
+            )*
+        }
+    };
+}
+keys! {
+    0 "s3_0_c2_c1_0" 1 "s3_0_c2_c1_1" 2 "s3_0_c2_c1_2" 3 "s3_0_c2_c1_3" 4 "s3_0_c2_c2_0"
+    5 "s3_0_c2_c2_1" 6 "s3_0_c2_c2_2" 7 "s3_0_c2_c2_3" 8 "s3_0_c2_c3_0" 9 "s3_0_c2_c3_1"
 }
 
 /// Vector registers are moved through memory, two at a time.

@@ -24,7 +24,8 @@ const HCR_TRAPS: u64 = 1 << 18 | 1 << 20 | 1 << 21 | 1 << 22;
 const HCR_TLOR: u64 = 1 << 35;
 /// HCR_EL2.APK and API: pointer authentication does not trap.
 const HCR_PAUTH: u64 = 1 << 40 | 1 << 41;
-
+/// HCR_EL2.TERR, TEA: error records trap, and external aborts come to EL2, which tells the guest.
+const HCR_ERRORS: u64 = 1 << 36 | 1 << 37;
 /// HCR_EL2.FWB: stage 2 decides cacheability.
 const HCR_FWB: u64 = 1 << 46;
 
@@ -81,7 +82,9 @@ fn hcr(features: &Features) -> u64 {
         + HCR_EL2::TSC::EnableTrapEl1SmcToEl2;
     let pauth = if features.pauth { HCR_PAUTH } else { 0 };
     let fwb = if features.fwb { HCR_FWB } else { 0 };
-    always.value | HCR_PTW | HCR_FB | HCR_BSU_INNER | HCR_TRAPS | HCR_TLOR | pauth | fwb
+    let errors = if features.ras { HCR_ERRORS } else { 0 };
+    let inner = HCR_PTW | HCR_FB | HCR_BSU_INNER;
+    always.value | inner | HCR_TRAPS | HCR_TLOR | pauth | fwb | errors
 }
 
 /// Adapts this CPU, which holds no vCPU, to what the `weakest` CPU can do.
@@ -126,6 +129,7 @@ pub fn write_control_registers(features: &Features, idle_vttbr: u64) {
             "hacr_el2" = 0_u64;
             "actlr_el2" = 0_u64;
             "amair_el2" = 0_u64;
+            "mdscr_el1" = 0_u64;
             "cnthctl_el2" = CNTHCTL_EL2::EL1PCTEN::SET.value;
             "cntvoff_el2" = 0_u64;
             "cnthp_ctl_el2" = 0_u64;
