@@ -1,9 +1,9 @@
 //! What each exit does: one method an arm of the run loop's matches.
 
 use crate::arch;
+use crate::sync::percpu;
 use crate::trace::Event;
 use crate::trace::ring::Mark;
-use crate::sync::percpu;
 use crate::vm::inject::Exception;
 use crate::vm::psci::{self, Call, Power, Refusal};
 use crate::vm::resident::Resident;
@@ -27,7 +27,7 @@ impl Resident<'_> {
         }
     }
 
-    fn unexpected(&mut self) {
+    fn unexpected(&self) {
         self.halt(StopReason::Unexpected(self.frame.esr, self.frame.pc));
     }
 
@@ -35,7 +35,9 @@ impl Resident<'_> {
         let arguments = [self.frame.read(1), self.frame.read(2), self.frame.read(3)];
         match smccc::decode(immediate, self.frame.read(0), arguments) {
             Hypercall::Version => self.frame.write(0, smccc::VERSION),
-            Hypercall::ArchFeatures(function) => self.frame.write(0, smccc::arch_features(function)),
+            Hypercall::ArchFeatures(function) => {
+                self.frame.write(0, smccc::arch_features(function))
+            }
             Hypercall::Psci(call) => self.psci(call),
             Hypercall::VendorUid => self.answer(&smccc::UID),
             Hypercall::VendorRevision => self.answer(&smccc::REVISION),
@@ -55,7 +57,11 @@ impl Resident<'_> {
         let answer = match call {
             Call::Version => psci::VERSION,
             Call::Features(function) => psci::features(function),
-            Call::CpuOn { target, entry, context } => self.cpu_on(target, entry, context),
+            Call::CpuOn {
+                target,
+                entry,
+                context,
+            } => self.cpu_on(target, entry, context),
             Call::CpuOff => return self.cpu_off(),
             Call::AffinityInfo { target, level } => self.affinity_info(target, level),
             Call::CpuSuspend => self.suspend(),
@@ -66,7 +72,7 @@ impl Resident<'_> {
         self.frame.write(0, answer);
     }
 
-    fn cpu_on(&mut self, target: u64, entry: u64, context: u64) -> u64 {
+    fn cpu_on(&self, target: u64, entry: u64, context: u64) -> u64 {
         let Some(target) = index_of(target).and_then(|index| self.vm.vcpus().get(index)) else {
             return Refusal::InvalidParameters.value();
         };
@@ -80,7 +86,7 @@ impl Resident<'_> {
         }
     }
 
-    fn cpu_off(&mut self) {
+    fn cpu_off(&self) {
         *self.vcpu.power.lock() = Power::Off;
     }
 
@@ -92,23 +98,28 @@ impl Resident<'_> {
     }
 
     /// Standby: sleeps until an interrupt of any kind, which the guest may then find or not.
-    fn suspend(&mut self) -> u64 {
+    fn suspend(&self) -> u64 {
         arch::wfi();
         smccc::SUCCESS
     }
 
     /// The built-in guest reports on its last command, if it had one, and waits for the next.
     fn end_command(&mut self) {
-        self.vcpu.mailbox.lock().report = Some([1, 2, 3, 4].map(|register| self.frame.read(register)));
+        self.vcpu.mailbox.lock().report =
+            Some([1, 2, 3, 4].map(|register| self.frame.read(register)));
         self.awaiting = true;
         self.vm.reported(self.vcpu.index);
     }
 
     /// Takes the next command. False: there is none yet.
     pub(crate) fn receive_command(&mut self) -> bool {
-        let Some(command) = self.vcpu.mailbox.lock().command.take() else { return false };
+        let Some(command) = self.vcpu.mailbox.lock().command.take() else {
+            return false;
+        };
         self.awaiting = false;
-        percpu::this().ring.record(Mark::Command, [command.op, command.args[0]]);
+        percpu::this()
+            .ring
+            .record(Mark::Command, [command.op, command.args[0]]);
         self.frame.write(0, command.op);
         for (register, argument) in (1..).zip(command.args) {
             self.frame.write(register, argument);
@@ -138,7 +149,7 @@ impl Resident<'_> {
         self.external_abort(fetch, abort);
     }
 
-    pub(crate) fn top_up(&mut self) {
+    pub(crate) fn top_up(&self) {
         if self.vm.stage2.top_up(self.cpu).is_err() {
             self.halt(StopReason::NoMemory);
         }

@@ -40,7 +40,9 @@ static HOST: Once<Host> = Once::new();
 /// Makes CPU `cpu` look at its work. What the caller wrote before is visible to it then.
 pub(crate) fn kick(gic: &Gic, cpu: usize) {
     percpu::count(Event::Kicks);
-    percpu::this().ring.record(Mark::Kick, [cpu as u64, u64::from(KICK)]);
+    percpu::this()
+        .ring
+        .record(Mark::Kick, [cpu as u64, u64::from(KICK)]);
     gic.send_sgi(cpu, KICK);
 }
 

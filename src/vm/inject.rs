@@ -61,12 +61,21 @@ pub struct Entry {
 
 /// Takes `exception` to EL1 from `pstate`, with the vectors at `vbar` and SCTLR_EL1 = `sctlr`.
 pub fn entry(exception: Exception, pstate: u64, vbar: u64, sctlr: u64) -> Entry {
-    let from_el1 = matches!(pstate & PSTATE_MODE, PSTATE_EL1T | PSTATE_EL1H) && pstate & PSTATE_AARCH32 == 0;
+    let from_el1 =
+        matches!(pstate & PSTATE_MODE, PSTATE_EL1T | PSTATE_EL1H) && pstate & PSTATE_AARCH32 == 0;
     let (class, iss, far) = match exception {
         Exception::Undefined => (EC_UNKNOWN, 0, None),
         Exception::ExternalAbort { fetch, abort, far } => {
-            let class = if fetch { EC_INSTRUCTION_ABORT_LOWER } else { EC_DATA_ABORT_LOWER };
-            (class + if from_el1 { EC_SAME_LEVEL } else { 0 }, syndrome(fetch, abort), Some(far))
+            let class = if fetch {
+                EC_INSTRUCTION_ABORT_LOWER
+            } else {
+                EC_DATA_ABORT_LOWER
+            };
+            (
+                class + if from_el1 { EC_SAME_LEVEL } else { 0 },
+                syndrome(fetch, abort),
+                Some(far),
+            )
         }
     };
     Entry {
@@ -78,8 +87,13 @@ pub fn entry(exception: Exception, pstate: u64, vbar: u64, sctlr: u64) -> Entry 
 }
 
 fn syndrome(fetch: bool, abort: Abort) -> u64 {
-    let status = if abort.stage1_walk { FSC_EXTERNAL_ON_WALK } else { FSC_EXTERNAL };
-    let write = !fetch && (abort.maintenance || abort.transfer.is_some_and(|transfer| transfer.write));
+    let status = if abort.stage1_walk {
+        FSC_EXTERNAL_ON_WALK
+    } else {
+        FSC_EXTERNAL
+    };
+    let write =
+        !fetch && (abort.maintenance || abort.transfer.is_some_and(|transfer| transfer.write));
     status | if write { ISS_WNR } else { 0 } | if abort.maintenance { ISS_CM } else { 0 }
 }
 
@@ -98,8 +112,16 @@ fn vector(pstate: u64) -> u64 {
 }
 
 fn entry_pstate(pstate: u64, sctlr: u64) -> u64 {
-    let pan = if sctlr & SCTLR_EL1_SPAN == 0 { PSTATE_PAN } else { 0 };
-    let ssbs = if sctlr & SCTLR_EL1_DSSBS != 0 { PSTATE_SSBS } else { 0 };
+    let pan = if sctlr & SCTLR_EL1_SPAN == 0 {
+        PSTATE_PAN
+    } else {
+        0
+    };
+    let ssbs = if sctlr & SCTLR_EL1_DSSBS != 0 {
+        PSTATE_SSBS
+    } else {
+        0
+    };
     pstate & PSTATE_KEPT | pan | ssbs | PSTATE_DAIF | PSTATE_EL1H
 }
 
@@ -117,8 +139,17 @@ mod tests {
 
     #[test]
     fn vectors_follow_the_mode_that_was_interrupted() {
-        for (mode, offset) in [(0b0000, 0x400), (0b0100, 0x000), (0b0101, 0x200), (0b1_0000, 0x600)] {
-            assert_eq!(entry(Exception::Undefined, mode, VBAR, 0).pc, VBAR + offset, "{mode:#b}");
+        for (mode, offset) in [
+            (0b0000, 0x400),
+            (0b0100, 0x000),
+            (0b0101, 0x200),
+            (0b1_0000, 0x600),
+        ] {
+            assert_eq!(
+                entry(Exception::Undefined, mode, VBAR, 0).pc,
+                VBAR + offset,
+                "{mode:#b}"
+            );
         }
     }
 
@@ -132,7 +163,11 @@ mod tests {
     #[test]
     fn external_aborts_tell_level_direction_and_address() {
         let at = |pstate, fetch, iss| {
-            let exception = Exception::ExternalAbort { fetch, abort: abort(iss), far: 0x1234 };
+            let exception = Exception::ExternalAbort {
+                fetch,
+                abort: abort(iss),
+                far: 0x1234,
+            };
             let entry = entry(exception, pstate, VBAR, 0);
             assert_eq!(entry.far, Some(0x1234));
             (entry.esr >> 26, entry.esr & 0x3f, entry.esr >> 6 & 1)
@@ -150,8 +185,14 @@ mod tests {
         let flags = 0xf << 28 | 1 << 24;
         let all = u64::from(u32::MAX) & !0x1f;
         let state = |pstate, sctlr| entry(Exception::Undefined, pstate, VBAR, sctlr).pstate;
-        assert_eq!(state(all, SCTLR_EL1_SPAN) & !(1 << 25), flags | PSTATE_PAN | PSTATE_DAIF | PSTATE_EL1H);
+        assert_eq!(
+            state(all, SCTLR_EL1_SPAN) & !(1 << 25),
+            flags | PSTATE_PAN | PSTATE_DAIF | PSTATE_EL1H
+        );
         assert_eq!(state(0, 0), PSTATE_PAN | PSTATE_DAIF | PSTATE_EL1H);
-        assert_eq!(state(0, SCTLR_EL1_SPAN | SCTLR_EL1_DSSBS), PSTATE_SSBS | PSTATE_DAIF | PSTATE_EL1H);
+        assert_eq!(
+            state(0, SCTLR_EL1_SPAN | SCTLR_EL1_DSSBS),
+            PSTATE_SSBS | PSTATE_DAIF | PSTATE_EL1H
+        );
     }
 }

@@ -16,7 +16,10 @@ impl Resident<'_> {
             // Nothing can be cached of what is not memory.
             return self.skip_instruction();
         }
-        let target = self.vm.device_at(self.fault_ipa).filter(|_| !fetch && !abort.stage1_walk);
+        let target = self
+            .vm
+            .device_at(self.fault_ipa)
+            .filter(|_| !fetch && !abort.stage1_walk);
         let (Some((device, offset)), Some(transfer)) = (target, abort.transfer) else {
             return self.external_abort(fetch, abort);
         };
@@ -60,7 +63,9 @@ impl Resident<'_> {
         let vm = self.vm;
         match device {
             Device::Uart => vm.read_uart(offset),
-            Device::DistributorV2 => self.read_register(distributor::v2(offset, vm.vcpus().len()), self.vcpu.index),
+            Device::DistributorV2 => {
+                self.read_register(distributor::v2(offset, vm.vcpus().len()), self.vcpu.index)
+            }
             Device::DistributorV3 => self.read_register(distributor::v3(offset), self.vcpu.index),
             Device::Redistributor(of) => self.read_register(self.redistributor(offset, of), of),
         }
@@ -74,8 +79,12 @@ impl Resident<'_> {
             Device::DistributorV2 => {
                 self.write_register(distributor::v2(offset, vm.vcpus().len()), own, value, lanes);
             }
-            Device::DistributorV3 => self.write_register(distributor::v3(offset), own, value, lanes),
-            Device::Redistributor(of) => self.write_register(self.redistributor(offset, of), of, value, lanes),
+            Device::DistributorV3 => {
+                self.write_register(distributor::v3(offset), own, value, lanes)
+            }
+            Device::Redistributor(of) => {
+                self.write_register(self.redistributor(offset, of), of, value, lanes)
+            }
         }
     }
 
@@ -90,11 +99,22 @@ impl Resident<'_> {
         match register {
             Register::Constant(value) => value,
             Register::Control => {
-                let groups = self.vm.gic_control.load(core::sync::atomic::Ordering::Relaxed);
-                if self.vm.gic_version() == 3 { groups | AFFINITY_ROUTING_ONLY } else { groups }
+                let groups = self
+                    .vm
+                    .gic_control
+                    .load(core::sync::atomic::Ordering::Relaxed);
+                if self.vm.gic_version() == 3 {
+                    groups | AFFINITY_ROUTING_ONLY
+                } else {
+                    groups
+                }
             }
-            Register::Private(offset) => self.private_of(of, |vcpu| vcpu.private.lock().read(offset)),
-            Register::SgiSenders(first, _) => self.private_of(of, |vcpu| vcpu.private.lock().sgi_senders(first)),
+            Register::Private(offset) => {
+                self.private_of(of, |vcpu| vcpu.private.lock().read(offset))
+            }
+            Register::SgiSenders(first, _) => {
+                self.private_of(of, |vcpu| vcpu.private.lock().sgi_senders(first))
+            }
             Register::OwnTarget => 0x0101_0101 << (self.vcpu.index & 7),
             Register::SendSgi => 0,
             Register::Waker => 0,
@@ -105,11 +125,19 @@ impl Resident<'_> {
         let gicv3 = self.vm.gic_version() == 3;
         match register {
             Register::Private(offset) if gicv3 => {
-                self.private_of(of, |vcpu| vcpu.private.lock().write_v3(offset, value, lanes));
+                self.private_of(of, |vcpu| {
+                    vcpu.private.lock().write_v3(offset, value, lanes)
+                });
             }
-            Register::Private(offset) => self.private_of(of, |vcpu| vcpu.private.lock().write(offset, value, lanes)),
+            Register::Private(offset) => {
+                self.private_of(of, |vcpu| vcpu.private.lock().write(offset, value, lanes))
+            }
             Register::SgiSenders(first, pending) => {
-                self.private_of(of, |vcpu| vcpu.private.lock().change_sgi_senders(first, value & lanes, pending));
+                self.private_of(of, |vcpu| {
+                    vcpu.private
+                        .lock()
+                        .change_sgi_senders(first, value & lanes, pending)
+                });
             }
             Register::SendSgi => {
                 let (intid, receivers) = distributor::sgi_v2(value, self.vcpu.index);
@@ -131,21 +159,23 @@ impl Resident<'_> {
         self.vm.vcpus().get(of).map(work).unwrap_or_default()
     }
 
-    fn set_control(&mut self, value: u32) {
+    fn set_control(&self, value: u32) {
         const GROUPS: u32 = 0b11;
-        self.vm.gic_control.store(value & GROUPS, core::sync::atomic::Ordering::Relaxed);
+        self.vm
+            .gic_control
+            .store(value & GROUPS, core::sync::atomic::Ordering::Relaxed);
         let vm = self.vm;
         vm.vcpus().iter().for_each(|vcpu| self.notify(vcpu));
     }
 
     /// ICC_SGI1R_EL1 or ICC_SGI0R_EL1.
-    pub(crate) fn send_sgi_v3(&mut self, value: u64, group1: bool) {
+    pub(crate) fn send_sgi_v3(&self, value: u64, group1: bool) {
         let (intid, receivers) = distributor::sgi_v3(value);
         self.send_sgi(intid, receivers, Some(group1));
     }
 
     /// Sends `intid`; to receivers that have it in the given group, if one is given.
-    fn send_sgi(&mut self, intid: u8, receivers: Receivers, group1: Option<bool>) {
+    fn send_sgi(&self, intid: u8, receivers: Receivers, group1: Option<bool>) {
         let vm = self.vm;
         match receivers {
             Receivers::Some { first, bits } => {
@@ -156,7 +186,11 @@ impl Resident<'_> {
                 }
             }
             Receivers::Others => {
-                for vcpu in vm.vcpus().iter().filter(|vcpu| vcpu.index != self.vcpu.index) {
+                for vcpu in vm
+                    .vcpus()
+                    .iter()
+                    .filter(|vcpu| vcpu.index != self.vcpu.index)
+                {
                     self.send_to(vcpu, intid, group1);
                 }
             }
@@ -169,7 +203,11 @@ impl Resident<'_> {
             return;
         }
         // GICv3 has no senders: all SGIs of one number merge.
-        let sender = if group1.is_some() { 0 } else { u8::try_from(self.vcpu.index & 7).unwrap_or(0) };
+        let sender = if group1.is_some() {
+            0
+        } else {
+            u8::try_from(self.vcpu.index & 7).unwrap_or(0)
+        };
         private.send(intid, sender);
         drop(private);
         self.notify(vcpu);
@@ -185,7 +223,10 @@ impl Resident<'_> {
 
 fn halves(value: u64) -> [u32; 2] {
     let [a, b, c, d, e, f, g, h] = value.to_le_bytes();
-    [u32::from_le_bytes([a, b, c, d]), u32::from_le_bytes([e, f, g, h])]
+    [
+        u32::from_le_bytes([a, b, c, d]),
+        u32::from_le_bytes([e, f, g, h]),
+    ]
 }
 
 #[cfg(test)]

@@ -13,7 +13,13 @@
 //! | [`host`], [`run`] | what VMs stand on, and the life of a CPU |
 #![cfg_attr(
     not(test),
-    deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, reason = "guests reach it")
+    deny(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::indexing_slicing,
+        reason = "guests reach it"
+    )
 )]
 
 mod exits;
@@ -29,7 +35,10 @@ pub mod sysreg;
 pub mod trap;
 pub mod vcpu;
 pub mod vgic;
-#[expect(clippy::module_inception, reason = "the file about VMs is named after them")]
+#[expect(
+    clippy::module_inception,
+    reason = "the file about VMs is named after them"
+)]
 pub mod vm;
 pub mod vtimer;
 pub mod vuart;

@@ -81,8 +81,15 @@ pub fn decode(function: u32, arguments: [u64; 3]) -> Option<Call> {
         0x8400_0000 => Call::Version,
         0x8400_0001 | 0xc400_0001 => Call::CpuSuspend,
         0x8400_0002 => Call::CpuOff,
-        0x8400_0003 | 0xc400_0003 => Call::CpuOn { target: first, entry: second, context: third },
-        0x8400_0004 | 0xc400_0004 => Call::AffinityInfo { target: first, level: second },
+        0x8400_0003 | 0xc400_0003 => Call::CpuOn {
+            target: first,
+            entry: second,
+            context: third,
+        },
+        0x8400_0004 | 0xc400_0004 => Call::AffinityInfo {
+            target: first,
+            level: second,
+        },
         0x8400_0006 => Call::MigrateInfoType,
         0x8400_0008 => Call::SystemOff,
         0x8400_0009 => Call::SystemReset,
@@ -94,7 +101,11 @@ pub fn decode(function: u32, arguments: [u64; 3]) -> Option<Call> {
 /// What PSCI_FEATURES says of `function`: zero, or NOT_SUPPORTED.
 pub fn features(function: u32) -> u64 {
     const SMCCC_VERSION: u32 = 0x8000_0000;
-    if function == SMCCC_VERSION || decode(function, [0; 3]).is_some() { 0 } else { Refusal::NotSupported.value() }
+    if function == SMCCC_VERSION || decode(function, [0; 3]).is_some() {
+        0
+    } else {
+        Refusal::NotSupported.value()
+    }
 }
 
 /// Whether a vCPU runs.
@@ -143,18 +154,28 @@ impl Power {
 
 #[cfg(test)]
 mod tests {
-    use super::{AFFINITY_OFF, AFFINITY_ON, AFFINITY_PENDING, Call, Power, Refusal, decode, features};
+    use super::{
+        AFFINITY_OFF, AFFINITY_ON, AFFINITY_PENDING, Call, Power, Refusal, decode, features,
+    };
 
     #[test]
     fn thirty_two_bit_calls_have_thirty_two_bit_arguments() {
         let arguments = [0xffff_ffff_0000_0001, 0x1_4008_0000, 7];
         assert_eq!(
             decode(0x8400_0003, arguments),
-            Some(Call::CpuOn { target: 1, entry: 0x4008_0000, context: 7 })
+            Some(Call::CpuOn {
+                target: 1,
+                entry: 0x4008_0000,
+                context: 7
+            })
         );
         assert_eq!(
             decode(0xc400_0003, arguments),
-            Some(Call::CpuOn { target: 0xffff_ffff_0000_0001, entry: 0x1_4008_0000, context: 7 })
+            Some(Call::CpuOn {
+                target: 0xffff_ffff_0000_0001,
+                entry: 0x1_4008_0000,
+                context: 7
+            })
         );
     }
 

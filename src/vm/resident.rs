@@ -56,7 +56,9 @@ impl<'a> Resident<'a> {
         let cpu = this_cpu();
         let parked = vcpu.parked.lock();
         let vttbr = vm.stage2.load(cpu);
-        percpu::this().ring.record(Mark::Switch, [vcpu.index as u64, 1]);
+        percpu::this()
+            .ring
+            .record(Mark::Switch, [vcpu.index as u64, 1]);
         // SAFETY: the CPU holds no vCPU. The VM's stage 2 lives until its last vCPU has been put.
         unsafe { arch::load(&parked.el1, vm.vtcr, vttbr) };
         vtimer::load(host, cpu, &vcpu.private.lock());
@@ -83,7 +85,9 @@ impl<'a> Resident<'a> {
         // SAFETY: the CPU holds this vCPU; the idle root translates nothing.
         unsafe { arch::put(&mut self.parked.el1, self.host.idle_vttbr) };
         self.vm.stage2.unload(self.cpu);
-        percpu::this().ring.record(Mark::Switch, [self.vcpu.index as u64, 0]);
+        percpu::this()
+            .ring
+            .record(Mark::Switch, [self.vcpu.index as u64, 0]);
     }
 
     fn run(&mut self) {
@@ -155,7 +159,7 @@ impl<'a> Resident<'a> {
         }
     }
 
-    pub(crate) fn halt(&mut self, reason: StopReason) {
+    pub(crate) fn halt(&self, reason: StopReason) {
         self.vm.halt(self.vcpu.index, reason);
     }
 
@@ -165,14 +169,23 @@ impl<'a> Resident<'a> {
     }
 
     pub(crate) fn inject(&mut self, exception: Exception) {
-        let entry = inject::entry(exception, self.frame.pstate, arch::vbar_el1(), arch::sctlr_el1());
+        let entry = inject::entry(
+            exception,
+            self.frame.pstate,
+            arch::vbar_el1(),
+            arch::sctlr_el1(),
+        );
         arch::set_exception_el1(self.frame.pc, self.frame.pstate, entry.esr, entry.far);
         self.frame.pc = entry.pc;
         self.frame.pstate = entry.pstate;
     }
 
     pub(crate) fn external_abort(&mut self, fetch: bool, abort: Abort) {
-        self.inject(Exception::ExternalAbort { fetch, abort, far: self.frame.far });
+        self.inject(Exception::ExternalAbort {
+            fetch,
+            abort,
+            far: self.frame.far,
+        });
     }
 
     /// Drops what this CPU's TLB holds for the address that faulted.
@@ -190,7 +203,9 @@ impl<'a> Resident<'a> {
 
     fn on_interrupt(&mut self, irq: Irq) {
         let (gic, interrupts) = (self.host.gic, self.host.machine.interrupts);
-        percpu::this().ring.record(Mark::Interrupt, [u64::from(irq.intid()), 0]);
+        percpu::this()
+            .ring
+            .record(Mark::Interrupt, [u64::from(irq.intid()), 0]);
         gic.priority_drop(irq);
         let intid = irq.intid();
         if intid == interrupts.virtual_timer {
@@ -203,14 +218,20 @@ impl<'a> Resident<'a> {
         if intid == interrupts.maintenance {
             self.relist();
         }
-        debug_assert!(intid == KICK || intid == interrupts.maintenance || intid == interrupts.hypervisor_timer);
+        debug_assert!(
+            intid == KICK
+                || intid == interrupts.maintenance
+                || intid == interrupts.hypervisor_timer
+        );
         gic.deactivate(irq);
     }
 
     /// Takes everything back from the list registers, so that the model is the truth.
     pub(crate) fn take_back(&mut self) {
         let mut private = self.vcpu.private.lock();
-        let ended = self.interface.take_back(|entry, state| private.take_back(entry, state));
+        let ended = self
+            .interface
+            .take_back(|entry, state| private.take_back(entry, state));
         private.end_unlisted(ended);
         drop(private);
         self.vcpu.attention.store(true, Ordering::Relaxed);
@@ -228,7 +249,9 @@ impl<'a> Resident<'a> {
             lists: self.interface.lists(),
         };
         let mut private = self.vcpu.private.lock();
-        let ended = self.interface.take_back(|entry, state| private.take_back(entry, state));
+        let ended = self
+            .interface
+            .take_back(|entry, state| private.take_back(entry, state));
         private.end_unlisted(ended);
         let listing = private.list(&wiring);
         drop(private);

@@ -19,7 +19,9 @@ static SEATS: [Seat; MOST_CPUS] = [const { Mutex::new(None) }; MOST_CPUS];
 
 /// Gives CPU `cpu` a vCPU to hold when it is next kicked. False: there is no such CPU, or it has not taken the last one.
 pub(crate) fn give(cpu: usize, vm: Arc<Vm>, vcpu: usize) -> bool {
-    let Some(mut seat) = SEATS.get(cpu).map(Mutex::lock) else { return false };
+    let Some(mut seat) = SEATS.get(cpu).map(Mutex::lock) else {
+        return false;
+    };
     let free = seat.is_none();
     if free {
         *seat = Some((vm, vcpu));

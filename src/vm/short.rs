@@ -38,7 +38,12 @@ impl Resident<'_> {
         } else {
             fault_ipa(arch::hpfar_el2(), far)
         };
-        let fault = Fault { ipa, va: Va::new(far), kind, access: abort.access };
+        let fault = Fault {
+            ipa,
+            va: Va::new(far),
+            kind,
+            access: abort.access,
+        };
         match self.vm.stage2.fault(self.cpu, &fault) {
             Resolution::Resume => {
                 percpu::count(Event::Exits);
@@ -70,7 +75,7 @@ impl Resident<'_> {
     }
 
     #[cold]
-    fn rare_abort(&mut self, status: FaultStatus) -> u64 {
+    fn rare_abort(&self, status: FaultStatus) -> u64 {
         if status != FaultStatus::TlbConflict {
             return Exit::OtherAbort as u64;
         }
@@ -99,7 +104,13 @@ mod tests {
 
     #[test]
     fn the_address_is_put_together_from_two_registers() {
-        assert_eq!(fault_ipa(0x90_0000, 0xffff_0000_1234_5018), Ipa::new(0x9000_0018));
-        assert_eq!(fault_ipa(1 << 63 | 0xf | 0x4000_0000, 0), Ipa::new(0x40_0000_0000));
+        assert_eq!(
+            fault_ipa(0x90_0000, 0xffff_0000_1234_5018),
+            Ipa::new(0x9000_0018)
+        );
+        assert_eq!(
+            fault_ipa(1 << 63 | 0xf | 0x4000_0000, 0),
+            Ipa::new(0x40_0000_0000)
+        );
     }
 }

@@ -45,7 +45,8 @@ pub fn decode(immediate: u16, function: u64, arguments: [u64; 3]) -> Hypercall {
     match function {
         _ if immediate != 0 => Hypercall::Unknown,
         0x8000_0000 => Hypercall::Version,
-        0x8000_0001 => u32::try_from(arguments[0] & 0xffff_ffff).map_or(Hypercall::Unknown, Hypercall::ArchFeatures),
+        0x8000_0001 => u32::try_from(arguments[0] & 0xffff_ffff)
+            .map_or(Hypercall::Unknown, Hypercall::ArchFeatures),
         0x8600_ff01 => Hypercall::VendorUid,
         0x8600_ff03 => Hypercall::VendorRevision,
         0xc600_0000 => Hypercall::Null,
@@ -70,7 +71,10 @@ mod tests {
     #[test]
     fn calls_go_to_the_service_that_owns_them() {
         assert_eq!(decode(0, 0x8000_0000, [0; 3]), Hypercall::Version);
-        assert_eq!(decode(0, 0x8400_0000, [0; 3]), Hypercall::Psci(Call::Version));
+        assert_eq!(
+            decode(0, 0x8400_0000, [0; 3]),
+            Hypercall::Psci(Call::Version)
+        );
         assert_eq!(decode(0, 0xc600_0000, [0; 3]), Hypercall::Null);
         assert_eq!(decode(0, 0xc600_0001, [0; 3]), Hypercall::Next);
         assert_eq!(decode(0, 0x4b00_0000, [0; 3]), Hypercall::Unknown);

@@ -35,7 +35,13 @@ const BREAKPOINTS: u8 = 2;
 
 /// Decides `access`. `real` reads the machine's identification register of a CRm and op2.
 pub fn answer(access: SystemRegisterAccess, given: Given, real: impl Fn(u8, u8) -> u64) -> Answer {
-    let SystemRegister { op0, op1, crn, crm, op2 } = access.register;
+    let SystemRegister {
+        op0,
+        op1,
+        crn,
+        crm,
+        op2,
+    } = access.register;
     match (op0, op1, crn, crm, op2) {
         // Identification registers cannot be written. AArch32's (CRm 1 to 3) and reserved ones read as zero.
         (3, 0, 0, 1..=7, _) if access.write => Answer::Undefined,
@@ -84,13 +90,10 @@ const fn field(low: u32) -> u64 {
 
 /// The four-bit fields whose lowest bits are listed.
 const fn fields(low: &[u32]) -> u64 {
-    let mut mask = 0;
-    let mut index = 0;
-    while index < low.len() {
-        mask |= field(low[index]);
-        index += 1;
+    match low {
+        [first, rest @ ..] => field(*first) | fields(rest),
+        [] => 0,
     }
-    mask
 }
 
 /// `value` with the field at `low` no larger than `most`.
@@ -109,9 +112,13 @@ fn identification(crm: u8, op2: u8, real: u64, given: Given) -> u64 {
         // ID_AA64ISAR0_EL1: everything but TME.
         (6, 0) => real & !fields(&[0, 24]),
         // ID_AA64ISAR1_EL1: everything but LS64; APA, API, GPA, GPI if given.
-        (6, 1) => real & !fields(&[4, 8, 24, 28, 60]) | authentication(real & fields(&[4, 8, 24, 28])),
+        (6, 1) => {
+            real & !fields(&[4, 8, 24, 28, 60]) | authentication(real & fields(&[4, 8, 24, 28]))
+        }
         // ID_AA64ISAR2_EL1: WFxT, RPRES, BC, CLRBHB, RPRFM, CSSC; GPA3, APA3, PAC_frac if given.
-        (6, 2) => real & fields(&[0, 4, 20, 28, 48, 52]) | authentication(real & fields(&[8, 12, 24])),
+        (6, 2) => {
+            real & fields(&[0, 4, 20, 28, 48, 52]) | authentication(real & fields(&[8, 12, 24]))
+        }
         (7, 0) => mmfr0(real, given),
         // ID_AA64MMFR1_EL1: HAFDBS without table flags, HPDS, PAN, ETS, AFP, nTLBPA.
         (7, 1) => at_most(real & fields(&[0, 12, 20, 36, 44, 48]), 0, 2),
@@ -158,14 +165,26 @@ mod tests {
     use super::{Answer, Given, answer};
     use crate::vm::trap::{SystemRegister, SystemRegisterAccess};
 
-    const GIVEN: Given = Given { gic_registers: true, pauth: false, pa_range: 2 };
+    const GIVEN: Given = Given {
+        gic_registers: true,
+        pauth: false,
+        pa_range: 2,
+    };
 
     fn access(register: SystemRegister, write: bool) -> Answer {
         ask(register, write, GIVEN, u64::MAX)
     }
 
     fn ask(register: SystemRegister, write: bool, given: Given, real: u64) -> Answer {
-        answer(SystemRegisterAccess { register, general: 0, write }, given, |_, _| real)
+        answer(
+            SystemRegisterAccess {
+                register,
+                general: 0,
+                write,
+            },
+            given,
+            |_, _| real,
+        )
     }
 
     fn id(crm: u8, op2: u8, real: u64) -> u64 {
@@ -181,25 +200,44 @@ mod tests {
         let hidden = [
             (4, 0, [28, 32, 36, 40, 44, 8, 12]), // RAS, SVE, SEL2, MPAM, AMU, EL2, EL3
             (4, 1, [8, 12, 16, 24, 28, 32, 36]), // MTE, RAS_frac, MPAM_frac, SME, RNDR_trap, CSV2_frac, NMI
-            (5, 0, [8, 4, 32, 40, 44, 48, 52]),  // PMUVer, TraceVer, PMSVer, TraceFilt, TraceBuffer, MTPMU, BRBE
-            (6, 1, [4, 8, 24, 28, 60, 60, 60]),  // APA, API, GPA, GPI, LS64
+            (5, 0, [8, 4, 32, 40, 44, 48, 52]), // PMUVer, TraceVer, PMSVer, TraceFilt, TraceBuffer, MTPMU, BRBE
+            (6, 1, [4, 8, 24, 28, 60, 60, 60]), // APA, API, GPA, GPI, LS64
             (6, 2, [8, 12, 16, 24, 16, 16, 16]), // GPA3, APA3, MOPS, PAC_frac
-            (7, 1, [4, 8, 16, 24, 28, 32, 40]),  // VMIDBits, VH, LO, SpecSEI, XNX, TWED, HCX
+            (7, 1, [4, 8, 16, 24, 28, 32, 40]), // VMIDBits, VH, LO, SpecSEI, XNX, TWED, HCX
             (7, 2, [12, 24, 40, 56, 12, 12, 12]), // IESB, NV, FWB, EVT
         ];
         for (crm, op2, fields) in hidden {
             for low in fields {
-                assert_eq!(id(crm, op2, everything) >> low & 0xf, 0, "CRm {crm} op2 {op2} bit {low}");
+                assert_eq!(
+                    id(crm, op2, everything) >> low & 0xf,
+                    0,
+                    "CRm {crm} op2 {op2} bit {low}"
+                );
             }
         }
-        for (crm, op2) in [(4, 2), (4, 4), (4, 5), (4, 7), (5, 1), (6, 3), (7, 3), (7, 4), (1, 0), (2, 7), (3, 1)] {
+        for (crm, op2) in [
+            (4, 2),
+            (4, 4),
+            (4, 5),
+            (4, 7),
+            (5, 1),
+            (6, 3),
+            (7, 3),
+            (7, 4),
+            (1, 0),
+            (2, 7),
+            (3, 1),
+        ] {
             assert_eq!(id(crm, op2, u64::MAX), 0, "CRm {crm} op2 {op2}");
         }
     }
 
     #[test]
     fn pointer_authentication_is_given_whole_or_not_at_all() {
-        let given = Given { pauth: true, ..GIVEN };
+        let given = Given {
+            pauth: true,
+            ..GIVEN
+        };
         let isar1 = SystemRegister::new(3, 0, 0, 6, 1);
         let kept = 0xf << 4 | 0xf << 8 | 0xf << 24 | 0xf << 28;
         assert_eq!(ask(isar1, false, given, kept), Answer::Value(kept));
@@ -210,7 +248,10 @@ mod tests {
     fn the_guest_sees_its_own_address_size_and_interrupt_controller() {
         assert_eq!(id(7, 0, 5) & 0xf, 2);
         assert_eq!(id(4, 0, 0) >> 24 & 0xf, 1);
-        let v2 = Given { gic_registers: false, ..GIVEN };
+        let v2 = Given {
+            gic_registers: false,
+            ..GIVEN
+        };
         let pfr0 = ask(SystemRegister::new(3, 0, 0, 4, 0), false, v2, u64::MAX);
         assert!(matches!(pfr0, Answer::Value(value) if value >> 24 & 0xf == 0));
     }
@@ -220,7 +261,11 @@ mod tests {
         let real = 1 << 28 | 2 << 20;
         assert_eq!(id(7, 0, real) >> 28 & 0xf, 0);
         assert_eq!(id(7, 0, real) >> 20 & 0xf, 1);
-        assert_eq!(id(7, 0, 0xf << 28) >> 28 & 0xf, 0xf, "an absent granule stays absent");
+        assert_eq!(
+            id(7, 0, 0xf << 28) >> 28 & 0xf,
+            0xf,
+            "an absent granule stays absent"
+        );
     }
 
     #[test]
@@ -228,25 +273,54 @@ mod tests {
         let sgi1r = SystemRegister::new(3, 0, 12, 11, 5);
         assert_eq!(access(sgi1r, true), Answer::SendGroup1);
         assert_eq!(access(sgi1r, false), Answer::Undefined);
-        let v2 = Given { gic_registers: false, ..GIVEN };
+        let v2 = Given {
+            gic_registers: false,
+            ..GIVEN
+        };
         assert_eq!(ask(sgi1r, true, v2, 0), Answer::Undefined);
-        assert_eq!(access(SystemRegister::new(3, 0, 12, 11, 7), true), Answer::SendGroup0);
+        assert_eq!(
+            access(SystemRegister::new(3, 0, 12, 11, 7), true),
+            Answer::SendGroup0
+        );
     }
 
     #[test]
     fn debug_registers_answer_as_without_a_debugger() {
-        assert_eq!(access(SystemRegister::new(2, 0, 1, 1, 4), false), Answer::Value(8));
-        assert_eq!(access(SystemRegister::new(2, 0, 0, 2, 2), true), Answer::Value(0));
-        assert_eq!(access(SystemRegister::new(2, 0, 0, 1, 5), true), Answer::Value(0));
-        assert_eq!(access(SystemRegister::new(2, 0, 0, 2, 5), true), Answer::Undefined);
+        assert_eq!(
+            access(SystemRegister::new(2, 0, 1, 1, 4), false),
+            Answer::Value(8)
+        );
+        assert_eq!(
+            access(SystemRegister::new(2, 0, 0, 2, 2), true),
+            Answer::Value(0)
+        );
+        assert_eq!(
+            access(SystemRegister::new(2, 0, 0, 1, 5), true),
+            Answer::Value(0)
+        );
+        assert_eq!(
+            access(SystemRegister::new(2, 0, 0, 2, 5), true),
+            Answer::Undefined
+        );
     }
 
     #[test]
     fn everything_else_is_undefined() {
         // CNTP_CTL_EL0, PMCR_EL0, LORC_EL1, an implementation-defined register, a write to ID_AA64PFR0_EL1.
-        for (op0, op1, crn, crm, op2) in [(3, 3, 14, 2, 1), (3, 3, 9, 12, 0), (3, 0, 10, 4, 3), (3, 1, 15, 2, 0)] {
-            assert_eq!(access(SystemRegister::new(op0, op1, crn, crm, op2), false), Answer::Undefined);
+        for (op0, op1, crn, crm, op2) in [
+            (3, 3, 14, 2, 1),
+            (3, 3, 9, 12, 0),
+            (3, 0, 10, 4, 3),
+            (3, 1, 15, 2, 0),
+        ] {
+            assert_eq!(
+                access(SystemRegister::new(op0, op1, crn, crm, op2), false),
+                Answer::Undefined
+            );
         }
-        assert_eq!(access(SystemRegister::new(3, 0, 0, 4, 0), true), Answer::Undefined);
+        assert_eq!(
+            access(SystemRegister::new(3, 0, 0, 4, 0), true),
+            Answer::Undefined
+        );
     }
 }

@@ -207,7 +207,11 @@ pub fn abort_of(esr: u64) -> (bool, Abort) {
     /// What tells the two exception classes apart.
     const DATA: u64 = 1 << (EC_SHIFT + 2);
     let iss = esr & ISS_BITS;
-    if esr & DATA != 0 { (false, data_abort(iss)) } else { (true, instruction_abort(iss)) }
+    if esr & DATA != 0 {
+        (false, data_abort(iss))
+    } else {
+        (true, instruction_abort(iss))
+    }
 }
 
 #[inline]
@@ -309,7 +313,6 @@ const fn bits(value: u64, shift: u32, mask: u64) -> u8 {
     (value >> shift & mask) as u8
 }
 
-#[expect(clippy::cast_possible_truncation, reason = "masked to sixteen bits")]
 const fn low16(value: u64) -> u16 {
     (value & 0xffff) as u16
 }
@@ -374,7 +377,7 @@ mod tests {
     fn every_fault_status_has_one_meaning() {
         use FaultKind::{AccessFlag, Permission, Translation};
         use FaultStatus::{AddressSize, External, Other, Stage2, TlbConflict, UnsupportedAtomic};
-        for code in 0..64_u64 {
+        for code in 0..64_u8 {
             let expected = match code {
                 0..4 | 0x29 => AddressSize,
                 4..8 | 0x2b => Stage2(Translation),
@@ -383,10 +386,10 @@ mod tests {
                 0x10 | 0x13 | 0x14 | 0x15 | 0x16 | 0x17 | 0x18 | 0x1b..=0x1f => External,
                 0x30 => TlbConflict,
                 0x31 | 0x35 => UnsupportedAtomic,
-                _ => Other { code: code as u8 },
+                _ => Other { code },
             };
-            assert_eq!(data(code).status, expected, "{code:#x}");
-            assert_eq!(instruction(code).status, expected, "{code:#x}");
+            assert_eq!(data(code.into()).status, expected, "{code:#x}");
+            assert_eq!(instruction(code.into()).status, expected, "{code:#x}");
         }
     }
 
@@ -410,20 +413,20 @@ mod tests {
     #[test]
     fn a_transfer_comes_out_of_the_syndrome_whole() {
         for (size, bytes) in [(0, 1), (1, 2), (2, 4), (3, 8)] {
-            for register in 0..32_u64 {
+            for register in 0..32_u8 {
                 for flags in 0..8_u64 {
                     let (sse, sf, wnr) = (flags & 1, flags >> 1 & 1, flags >> 2 & 1);
                     let iss = 1 << 24
                         | size << 22
                         | sse << 21
-                        | register << 16
+                        | u64::from(register) << 16
                         | sf << 15
                         | wnr << 6
                         | 0x06;
                     let expected = Transfer {
                         bytes,
                         sign_extend: sse == 1,
-                        register: register as u8,
+                        register,
                         wide: sf == 1,
                         write: wnr == 1,
                     };

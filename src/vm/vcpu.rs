@@ -100,7 +100,9 @@ impl Vcpu {
     /// Takes CPU_ON's request, if there is one: the registers to begin with.
     pub(crate) fn begin(&self) -> Option<Frame> {
         let mut power = self.power.lock();
-        let Power::Pending { entry, context } = *power else { return None };
+        let Power::Pending { entry, context } = *power else {
+            return None;
+        };
         *power = Power::On;
         let mut frame = Frame::new(entry, PSTATE_DAIF | PSTATE_EL1H);
         frame.write(0, context);

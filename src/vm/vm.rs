@@ -16,13 +16,17 @@ use crate::arch;
 use crate::arch::context::Stage2Geometry;
 use crate::dev::gic::Gic;
 use crate::dev::machine;
-use crate::mmu::{self, Config, Contents, Extent, Level, Locking, Memory, Shape, SlotConfig, SlotId, Stage2};
+use crate::mmu::{
+    self, Config, Contents, Extent, Level, Locking, Memory, Shape, SlotConfig, SlotId, Stage2,
+};
 use crate::sync::percpu;
 use crate::sync::quiescence::CpuId;
 use crate::vm::host::{self, Host};
 use crate::vm::run;
 use crate::vm::vcpu::{Command, Vcpu};
-use crate::vm::vgic::distributor::{REDISTRIBUTOR_BYTES, V2_DISTRIBUTOR_BYTES, V3_DISTRIBUTOR_BYTES};
+use crate::vm::vgic::distributor::{
+    REDISTRIBUTOR_BYTES, V2_DISTRIBUTOR_BYTES, V3_DISTRIBUTOR_BYTES,
+};
 use crate::vm::vuart::{self, Vuart};
 
 /// Bits of a guest's physical address space, where the machine's is not smaller.
@@ -81,7 +85,10 @@ impl fmt::Display for Error {
             Self::Mmu(error) => write!(f, "{error}"),
             Self::TooManyVcpus(most) => write!(f, "a VM of this machine has at most {most} vCPUs"),
             Self::BadEntry(entry) => write!(f, "no code can begin at {entry}"),
-            Self::NoShape => write!(f, "the machine's CPUs address too little memory for a guest"),
+            Self::NoShape => write!(
+                f,
+                "the machine's CPUs address too little memory for a guest"
+            ),
         }
     }
 }
@@ -113,7 +120,9 @@ impl fmt::Display for StopReason {
             Self::SystemReset => write!(f, "reset by its guest"),
             Self::Aarch32 => write!(f, "ran 32-bit code, which it cannot"),
             Self::SError(esr) => write!(f, "hit an SError (syndrome {esr:#x})"),
-            Self::Unexpected(esr, pc) => write!(f, "trapped unexpectedly (syndrome {esr:#x}) at {pc:#x}"),
+            Self::Unexpected(esr, pc) => {
+                write!(f, "trapped unexpectedly (syndrome {esr:#x}) at {pc:#x}")
+            }
             Self::NoMemory => write!(f, "needs more memory for its tables than there is"),
         }
     }
@@ -156,9 +165,13 @@ impl Vm {
     ///
     /// See [`Error`].
     pub fn create(host: &Host, config: &VmConfig) -> Result<Arc<Self>, Error> {
-        let shape = Shape::new(GUEST_ADDRESS_BITS.min(host.features.pa_bits)).ok_or(Error::NoShape)?;
+        let shape =
+            Shape::new(GUEST_ADDRESS_BITS.min(host.features.pa_bits)).ok_or(Error::NoShape)?;
         let gicv3 = host.gic_version() == 3;
-        let most = host.cpus().saturating_sub(1).min(if gicv3 { MOST_VCPUS_V3 } else { MOST_VCPUS_V2 });
+        let most =
+            host.cpus()
+                .saturating_sub(1)
+                .min(if gicv3 { MOST_VCPUS_V3 } else { MOST_VCPUS_V2 });
         if config.vcpus > most {
             return Err(Error::TooManyVcpus(most));
         }
@@ -170,13 +183,21 @@ impl Vm {
         };
         let counter = arch::counter();
         let vm = Self {
-            stage2: Stage2::new(Config { locking: config.locking, shape }, host.services.clone())?,
+            stage2: Stage2::new(
+                Config {
+                    locking: config.locking,
+                    shape,
+                },
+                host.services.clone(),
+            )?,
             trust_hpfar: config.trust_hpfar,
             vtcr: arch::vtcr(geometry),
             pa_range: pa_range(shape.ipa_bits()),
             gic_control: AtomicU32::new(0),
             gic: host.gic,
-            vcpus: (0..config.vcpus).map(|index| Vcpu::new(index, gicv3, counter)).collect(),
+            vcpus: (0..config.vcpus)
+                .map(|index| Vcpu::new(index, gicv3, counter))
+                .collect(),
             uart: Mutex::default(),
             stopping: AtomicBool::new(false),
             reasons: Mutex::new(vec![None; config.vcpus]),
@@ -184,7 +205,10 @@ impl Vm {
             awaited: AtomicUsize::new(NOBODY),
             controller: percpu::index(),
         };
-        if let machine::Gic::V2 { virtual_interface, .. } = host.machine.gic {
+        if let machine::Gic::V2 {
+            virtual_interface, ..
+        } = host.machine.gic
+        {
             vm.add_device(GICC, virtual_interface, GICC_BYTES)?;
         }
         if let Some(first) = vm.vcpus.first() {
@@ -344,7 +368,12 @@ impl Vm {
 
     fn kick_all(&self) {
         let own = percpu::index();
-        for cpu in self.vcpus.iter().filter_map(Vcpu::cpu).filter(|cpu| *cpu != own) {
+        for cpu in self
+            .vcpus
+            .iter()
+            .filter_map(Vcpu::cpu)
+            .filter(|cpu| *cpu != own)
+        {
             host::kick(self.gic, cpu);
         }
     }
@@ -356,7 +385,8 @@ impl Vm {
             return Some((Device::Uart, offset));
         }
         if self.gic_version() == 2 {
-            return within(GICD, V2_DISTRIBUTOR_BYTES).map(|offset| (Device::DistributorV2, offset));
+            return within(GICD, V2_DISTRIBUTOR_BYTES)
+                .map(|offset| (Device::DistributorV2, offset));
         }
         if let Some(offset) = within(GICD, V3_DISTRIBUTOR_BYTES) {
             return Some((Device::DistributorV3, offset));
@@ -413,7 +443,16 @@ mod tests {
 
     #[test]
     fn address_sizes_are_rounded_down() {
-        for (bits, range) in [(32, 0), (36, 1), (39, 1), (40, 2), (42, 3), (44, 4), (48, 5), (52, 5)] {
+        for (bits, range) in [
+            (32, 0),
+            (36, 1),
+            (39, 1),
+            (40, 2),
+            (42, 3),
+            (44, 4),
+            (48, 5),
+            (52, 5),
+        ] {
             assert_eq!(pa_range(bits), range, "{bits}");
         }
     }

@@ -16,7 +16,10 @@ pub const INTID: u8 = 27;
 
 /// Virtual and physical number of the timer's interrupt.
 pub(crate) fn link(host: &Host) -> (u8, u16) {
-    (INTID, u16::try_from(host.machine.interrupts.virtual_timer).unwrap_or(u16::from(INTID)))
+    (
+        INTID,
+        u16::try_from(host.machine.interrupts.virtual_timer).unwrap_or(u16::from(INTID)),
+    )
 }
 
 /// EL2 has taken the physical interrupt of the resident vCPU's timer.
@@ -49,5 +52,6 @@ pub(crate) fn deactivate(host: &Host, cpu: CpuId) {
 }
 
 fn set_active(host: &Host, cpu: CpuId, active: bool) {
-    host.gic.set_active(cpu.0, host.machine.interrupts.virtual_timer, active);
+    host.gic
+        .set_active(cpu.0, host.machine.interrupts.virtual_timer, active);
 }

@@ -41,7 +41,15 @@ pub struct Vuart {
 
 impl Default for Vuart {
     fn default() -> Self {
-        Self { line: String::new(), control: 0x300, line_control: 0, divisors: [0; 2], levels: 0x12, mask: 0, raw: 0 }
+        Self {
+            line: String::new(),
+            control: 0x300,
+            line_control: 0,
+            divisors: [0; 2],
+            levels: 0x12,
+            mask: 0,
+            raw: 0,
+        }
     }
 }
 
@@ -96,7 +104,11 @@ impl Vuart {
             b' '..=b'~' | b'\t' => self.line.push(char::from(byte)),
             _ => self.line.push('.'),
         }
-        if self.line.len() >= LONGEST_LINE { self.flush() } else { None }
+        if self.line.len() >= LONGEST_LINE {
+            self.flush()
+        } else {
+            None
+        }
     }
 }
 

@@ -9,6 +9,9 @@ use crate::arch::context::{El1, Exit, Frame, Stage2Geometry};
 /// List registers of the fake's interrupt controller.
 const LIST_REGISTERS: usize = 4;
 
+/// ELR_EL1, SPSR_EL1, ESR_EL1 and FAR_EL1.
+pub type Exception = (u64, u64, u64, Option<u64>);
+
 std::thread_local! {
     static LRS: RefCell<[u64; LIST_REGISTERS]> = const { RefCell::new([0; LIST_REGISTERS]) };
     static ICH_HCR: Cell<u64> = const { Cell::new(0) };
@@ -17,7 +20,7 @@ std::thread_local! {
     static FAR: Cell<u64> = const { Cell::new(0) };
     static HPFAR: Cell<u64> = const { Cell::new(0) };
     static TIMER_ASSERTED: Cell<bool> = const { Cell::new(false) };
-    static EXCEPTION: Cell<Option<(u64, u64, u64, Option<u64>)>> = const { Cell::new(None) };
+    static EXCEPTION: Cell<Option<Exception>> = const { Cell::new(None) };
 }
 
 /// Comes back at once: there is no guest to run.
@@ -95,8 +98,8 @@ pub fn set_exception_el1(pc: u64, pstate: u64, esr: u64, far: Option<u64>) {
     EXCEPTION.set(Some((pc, pstate, esr, far)));
 }
 
-/// The last exception that [`set_exception_el1`] was told of: ELR, SPSR, ESR and FAR.
-pub fn exception_el1() -> Option<(u64, u64, u64, Option<u64>)> {
+/// The last exception that [`set_exception_el1`] was told of.
+pub fn exception_el1() -> Option<Exception> {
     EXCEPTION.get()
 }
 

@@ -60,13 +60,19 @@ pub fn v2(offset: u64, vcpus: usize) -> Register {
     const CPU_NUMBER: u32 = 5;
     match offset {
         CTLR => Register::Control,
-        TYPER => Register::Constant(u32::try_from(vcpus.saturating_sub(1)).unwrap_or(7).min(7) << CPU_NUMBER),
+        TYPER => Register::Constant(
+            u32::try_from(vcpus.saturating_sub(1)).unwrap_or(7).min(7) << CPU_NUMBER,
+        ),
         IIDR => Register::Constant(IDENTITY),
         _ if first_word(offset) || CONFIGURATION.contains(&offset) => Register::Private(offset),
         _ if V2_ITARGETSR.contains(&offset) => Register::OwnTarget,
         V2_SGIR => Register::SendSgi,
-        _ if V2_CPENDSGIR.contains(&offset) => Register::SgiSenders(offset - V2_CPENDSGIR.start, false),
-        _ if V2_SPENDSGIR.contains(&offset) => Register::SgiSenders(offset - V2_SPENDSGIR.start, true),
+        _ if V2_CPENDSGIR.contains(&offset) => {
+            Register::SgiSenders(offset - V2_CPENDSGIR.start, false)
+        }
+        _ if V2_SPENDSGIR.contains(&offset) => {
+            Register::SgiSenders(offset - V2_SPENDSGIR.start, true)
+        }
         V2_PIDR2 => Register::Constant(2 << 4),
         _ => Register::Constant(0),
     }
@@ -76,7 +82,11 @@ pub fn v2(offset: u64, vcpus: usize) -> Register {
 fn first_word(offset: u64) -> bool {
     const PRIORITIES: core::ops::Range<u64> = 0x400..0x420;
     PRIVATE_REGISTERS.contains(&offset)
-        && if offset < PRIORITIES.start { offset & 0x7f == 0 } else { PRIORITIES.contains(&offset) }
+        && if offset < PRIORITIES.start {
+            offset & 0x7f == 0
+        } else {
+            PRIORITIES.contains(&offset)
+        }
 }
 
 /// GICv3's GICD at `offset`, a multiple of four. With affinity routing the private interrupts are not here.
@@ -105,7 +115,9 @@ pub fn redistributor(offset: u64, index: usize, vcpus: usize, affinity: u64) -> 
         V3_PIDR2 => Register::Constant(3 << 4),
         _ if offset < SGI_FRAME => Register::Constant(0),
         _ => match offset - SGI_FRAME {
-            private if first_word(private) || CONFIGURATION.contains(&private) => Register::Private(private),
+            private if first_word(private) || CONFIGURATION.contains(&private) => {
+                Register::Private(private)
+            }
             _ => Register::Constant(0),
         },
     }
@@ -121,18 +133,18 @@ fn packed_affinity(mpidr: u64) -> u32 {
 
 /// MPIDR_EL1 of vCPU `index`: sixteen share Aff1 and above, so that one SGI reaches all of them.
 pub const fn vmpidr(index: usize) -> u64 {
-    const RES1: u64 = 1 << 31;
-    const CLUSTER: u64 = 16;
-    let index = index as u64;
-    RES1 | index % CLUSTER | (index / CLUSTER & 0xff) << 8 | (index / CLUSTER >> 8 & 0xff) << 16
+    const RES1: usize = 1 << 31;
+    let (aff0, aff1, aff2) = (index & 0xf, (index >> 4) & 0xff, (index >> 12) & 0xff);
+    (RES1 | aff0 | aff1 << 8 | aff2 << 16) as u64
 }
 
 /// Position of the vCPU with affinity `mpidr`, were there enough.
 pub const fn index_of(mpidr: u64) -> Option<usize> {
-    const AFFINITY: u64 = 0xff_00ff_ffff;
-    let affinity = mpidr & AFFINITY;
-    let index = affinity & 0xff | (affinity >> 8 & 0xff) << 4 | (affinity >> 16 & 0xff) << 12;
-    if affinity & 0xf0 != 0 || affinity >> 32 != 0 { None } else { Some(index as usize) }
+    let [aff0, aff1, aff2, _, aff3, ..] = mpidr.to_le_bytes();
+    if aff0 > 0xf || aff3 != 0 {
+        return None;
+    }
+    Some(aff0 as usize | (aff1 as usize) << 4 | (aff2 as usize) << 12)
 }
 
 /// Who gets an SGI.
@@ -160,7 +172,10 @@ pub fn sgi_v3(value: u64) -> (u8, Receivers) {
         let affinity = u64::from(aff1) << 8 | u64::from(aff2) << 16 | u64::from(aff3) << 32;
         let exists = value >> AFF0_RANGE & 0xf == 0;
         match index_of(affinity).filter(|_| exists) {
-            Some(first) => Receivers::Some { first, bits: u16::from_le_bytes([low, high]) },
+            Some(first) => Receivers::Some {
+                first,
+                bits: u16::from_le_bytes([low, high]),
+            },
             None => Receivers::Some { first: 0, bits: 0 },
         }
     };
@@ -171,9 +186,15 @@ pub fn sgi_v3(value: u64) -> (u8, Receivers) {
 pub fn sgi_v2(value: u32, sender: usize) -> (u8, Receivers) {
     let [intid, _, list, filter] = value.to_le_bytes();
     let receivers = match filter & 3 {
-        0 => Receivers::Some { first: 0, bits: u16::from(list) },
+        0 => Receivers::Some {
+            first: 0,
+            bits: u16::from(list),
+        },
         1 => Receivers::Others,
-        2 => Receivers::Some { first: sender, bits: 1 },
+        2 => Receivers::Some {
+            first: sender,
+            bits: 1,
+        },
         _ => Receivers::Some { first: 0, bits: 0 },
     };
     (intid & 0xf, receivers)
@@ -196,28 +217,58 @@ mod tests {
     #[test]
     fn gicv3_sgis_name_a_cluster_and_sixteen_cpus() {
         let value = 5 << 24 | 2 << 16 | 0x8001;
-        assert_eq!(sgi_v3(value), (5, Receivers::Some { first: 32, bits: 0x8001 }));
+        assert_eq!(
+            sgi_v3(value),
+            (
+                5,
+                Receivers::Some {
+                    first: 32,
+                    bits: 0x8001
+                }
+            )
+        );
         assert_eq!(sgi_v3(1 << 40 | 1 << 24), (1, Receivers::Others));
-        assert_eq!(sgi_v3(1 << 44 | 1), (0, Receivers::Some { first: 0, bits: 0 }));
-        assert_eq!(sgi_v3(1 << 48 | 1), (0, Receivers::Some { first: 0, bits: 0 }));
+        assert_eq!(
+            sgi_v3(1 << 44 | 1),
+            (0, Receivers::Some { first: 0, bits: 0 })
+        );
+        assert_eq!(
+            sgi_v3(1 << 48 | 1),
+            (0, Receivers::Some { first: 0, bits: 0 })
+        );
     }
 
     #[test]
     fn gicv2_sgis_have_a_list_and_two_short_forms() {
-        assert_eq!(sgi_v2(0x0005_0003, 1), (3, Receivers::Some { first: 0, bits: 5 }));
+        assert_eq!(
+            sgi_v2(0x0005_0003, 1),
+            (3, Receivers::Some { first: 0, bits: 5 })
+        );
         assert_eq!(sgi_v2(0x0100_0003, 1), (3, Receivers::Others));
-        assert_eq!(sgi_v2(0x0200_0003, 6), (3, Receivers::Some { first: 6, bits: 1 }));
-        assert_eq!(sgi_v2(0x0300_0003, 6), (3, Receivers::Some { first: 0, bits: 0 }));
+        assert_eq!(
+            sgi_v2(0x0200_0003, 6),
+            (3, Receivers::Some { first: 6, bits: 1 })
+        );
+        assert_eq!(
+            sgi_v2(0x0300_0003, 6),
+            (3, Receivers::Some { first: 0, bits: 0 })
+        );
     }
 
     #[test]
     fn there_are_no_shared_interrupts() {
         assert!(matches!(v3(4), Register::Constant(typer) if typer & 0x1f == 0));
-        assert!(matches!(v2(4, 4), Register::Constant(typer) if typer & 0x1f == 0 && typer >> 5 & 7 == 3));
+        assert!(
+            matches!(v2(4, 4), Register::Constant(typer) if typer & 0x1f == 0 && typer >> 5 & 7 == 3)
+        );
         assert_eq!(v2(0x104, 4), Register::Constant(0));
         assert_eq!(v2(0x100, 4), Register::Private(0x100));
         assert_eq!(v2(0x420, 4), Register::Constant(0));
-        assert_eq!(v3(0x100), Register::Constant(0), "private interrupts are the redistributor's");
+        assert_eq!(
+            v3(0x100),
+            Register::Constant(0),
+            "private interrupts are the redistributor's"
+        );
     }
 
     #[test]
@@ -225,7 +276,10 @@ mod tests {
         let typer = |index| redistributor(8, index, 3, vmpidr(index));
         assert_eq!(typer(0), Register::Constant(0));
         assert_eq!(typer(2), Register::Constant(2 << 8 | 1 << 4));
-        assert_eq!(redistributor(12, 17, 18, vmpidr(17)), Register::Constant(0x101));
+        assert_eq!(
+            redistributor(12, 17, 18, vmpidr(17)),
+            Register::Constant(0x101)
+        );
         assert_eq!(redistributor(0x1_0100, 0, 1, 0), Register::Private(0x100));
         assert_eq!(redistributor(0x1_0c04, 0, 1, 0), Register::Private(0xc04));
     }

@@ -60,7 +60,13 @@ pub struct Saved {
 impl Interface {
     /// Turns this CPU's virtual interface on with `saved`; nothing is listed.
     pub fn load(access: Access, saved: &Saved) -> Self {
-        let this = Self { access, count: count(access), listed: [None; MOST_LISTS], in_use: false, overflow: false };
+        let this = Self {
+            access,
+            count: count(access),
+            listed: [None; MOST_LISTS],
+            in_use: false,
+            overflow: false,
+        };
         match access {
             Access::V3 => {
                 arch::set_ich_vmcr(saved.vmcr);
@@ -80,12 +86,18 @@ impl Interface {
         self.set_hcr(0);
         match self.access {
             Access::V3 => {
-                let saved = Saved { vmcr: arch::ich_vmcr(), active_priorities: arch::ich_active_priorities() };
+                let saved = Saved {
+                    vmcr: arch::ich_vmcr(),
+                    active_priorities: arch::ich_active_priorities(),
+                };
                 arch::ich_reset();
                 saved
             }
             Access::V2(gich) => {
-                let mut saved = Saved { vmcr: u64::from(gich.read(GICH_VMCR)), active_priorities: [0; 8] };
+                let mut saved = Saved {
+                    vmcr: u64::from(gich.read(GICH_VMCR)),
+                    active_priorities: [0; 8],
+                };
                 saved.active_priorities[0] = u64::from(gich.read(GICH_APR));
                 gich.write(GICH_VMCR, 0);
                 gich.write(GICH_APR, 0);
@@ -111,12 +123,21 @@ impl Interface {
         let (access, format) = (self.access, self.format());
         for (index, place) in self.listed.iter_mut().enumerate() {
             if let Some(entry) = place.take() {
-                each(&entry, format.decode(read_list(access, index)).map(|entry| entry.state));
+                each(
+                    &entry,
+                    format
+                        .decode(read_list(access, index))
+                        .map(|entry| entry.state),
+                );
                 write_list(access, index, 0);
             }
         }
         self.in_use = false;
-        let ended = if self.overflow { (self.hcr() >> HCR_EOI_COUNT) & 0x1f } else { 0 };
+        let ended = if self.overflow {
+            (self.hcr() >> HCR_EOI_COUNT) & 0x1f
+        } else {
+            0
+        };
         u32::try_from(ended).unwrap_or(0)
     }
 
@@ -130,7 +151,11 @@ impl Interface {
         }
         self.listed = listing.entries;
         if listing.overflow || self.overflow {
-            let more = if listing.overflow { HCR_UNDERFLOW | HCR_NOT_PRESENT } else { 0 };
+            let more = if listing.overflow {
+                HCR_UNDERFLOW | HCR_NOT_PRESENT
+            } else {
+                0
+            };
             self.set_hcr(HCR_ENABLE | more);
         }
         self.overflow = listing.overflow;
@@ -180,7 +205,10 @@ fn write_list(access: Access, index: usize, value: u64) {
     }
 }
 
-#[expect(clippy::cast_possible_truncation, reason = "GICv2's registers have 32 bits")]
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "GICv2's registers have 32 bits"
+)]
 const fn low_word(value: u64) -> u32 {
     value as u32
 }
@@ -192,8 +220,13 @@ mod tests {
     use crate::vm::vgic::lists::{Format, State};
     use crate::vm::vgic::private::{Private, Wiring};
 
-    const WIRING: Wiring =
-        Wiring { group0_enabled: false, group1_enabled: true, linked: (27, 27), asserted: true, lists: 4 };
+    const WIRING: Wiring = Wiring {
+        group0_enabled: false,
+        group1_enabled: true,
+        linked: (27, 27),
+        asserted: true,
+        lists: 4,
+    };
 
     fn private() -> Private {
         let mut private = Private::new(true);
@@ -203,7 +236,8 @@ mod tests {
 
     #[test]
     fn an_interrupt_goes_through_the_list_registers_and_is_gone() {
-        let (mut private, mut interface) = (private(), Interface::load(Access::V3, &Saved::default()));
+        let (mut private, mut interface) =
+            (private(), Interface::load(Access::V3, &Saved::default()));
         private.send(5, 0);
         interface.list(&private.list(&WIRING));
         let entry = Format::V3.decode(arch::ich_lr(0)).unwrap();
@@ -227,7 +261,8 @@ mod tests {
 
     #[test]
     fn more_interrupts_than_list_registers_ask_for_maintenance_until_they_fit() {
-        let (mut private, mut interface) = (private(), Interface::load(Access::V3, &Saved::default()));
+        let (mut private, mut interface) =
+            (private(), Interface::load(Access::V3, &Saved::default()));
         for intid in 0..5 {
             private.send(intid, 0);
         }

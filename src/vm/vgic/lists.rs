@@ -98,17 +98,29 @@ impl Format {
         let (intid, priority) = (u64::from(entry.intid), u64::from(entry.priority) & PRIORITY);
         match self {
             Self::V3 => {
-                let hardware = entry.hardware.map_or(0, |pintid| v3::HW | u64::from(pintid) << v3::PINTID);
+                let hardware = entry
+                    .hardware
+                    .map_or(0, |pintid| v3::HW | u64::from(pintid) << v3::PINTID);
                 let group = if entry.group1 { v3::GROUP1 } else { 0 };
-                entry.state.bits() << v3::STATE | hardware | group | priority << v3::PRIORITY | intid
+                entry.state.bits() << v3::STATE
+                    | hardware
+                    | group
+                    | priority << v3::PRIORITY
+                    | intid
             }
             Self::V2 => {
                 let physical = match entry.hardware {
-                    Some(pintid) => v2::HW | (u64::from(pintid) & v2::PHYSICAL_BITS) << v2::PHYSICAL,
+                    Some(pintid) => {
+                        v2::HW | (u64::from(pintid) & v2::PHYSICAL_BITS) << v2::PHYSICAL
+                    }
                     None => (u64::from(entry.source) & v2::SOURCE_BITS) << v2::PHYSICAL,
                 };
                 let group = if entry.group1 { v2::GROUP1 } else { 0 };
-                entry.state.bits() << v2::STATE | physical | group | priority << v2::PRIORITY | intid
+                entry.state.bits() << v2::STATE
+                    | physical
+                    | group
+                    | priority << v2::PRIORITY
+                    | intid
             }
         }
     }
@@ -116,8 +128,18 @@ impl Format {
     /// What a list register holds; `None` when it is free, or when it holds none of a vCPU's private interrupts.
     pub fn decode(self, register: u64) -> Option<Entry> {
         let (state, hw, group1, priority) = match self {
-            Self::V3 => (register >> v3::STATE, v3::HW, v3::GROUP1, register >> v3::PRIORITY),
-            Self::V2 => (register >> v2::STATE, v2::HW, v2::GROUP1, register >> v2::PRIORITY),
+            Self::V3 => (
+                register >> v3::STATE,
+                v3::HW,
+                v3::GROUP1,
+                register >> v3::PRIORITY,
+            ),
+            Self::V2 => (
+                register >> v2::STATE,
+                v2::HW,
+                v2::GROUP1,
+                register >> v2::PRIORITY,
+            ),
         };
         let intid = match self {
             Self::V3 => u8::try_from(register & 0xffff_ffff),
@@ -128,9 +150,17 @@ impl Format {
             Self::V3 => register >> v3::PINTID & v3::PINTID_BITS,
             Self::V2 => register >> v2::PHYSICAL & v2::PHYSICAL_BITS,
         };
-        let hardware = if register & hw != 0 { u16::try_from(physical).ok() } else { None };
+        let hardware = if register & hw != 0 {
+            u16::try_from(physical).ok()
+        } else {
+            None
+        };
         let has_source = self == Self::V2 && hardware.is_none() && intid < SGIS;
-        let source = if has_source { u8::try_from(physical & v2::SOURCE_BITS).ok()? } else { 0 };
+        let source = if has_source {
+            u8::try_from(physical & v2::SOURCE_BITS).ok()?
+        } else {
+            0
+        };
         Some(Entry {
             intid,
             source,
@@ -153,9 +183,21 @@ mod tests {
                 for state in [State::Pending, State::Active, State::PendingAndActive] {
                     for priority in (0..=0xf8).step_by(8) {
                         for (hardware, group1) in [(None, true), (None, false), (Some(27), true)] {
-                            let sources = if format == Format::V2 && hardware.is_none() && intid < 16 { 8 } else { 1 };
+                            let sources =
+                                if format == Format::V2 && hardware.is_none() && intid < 16 {
+                                    8
+                                } else {
+                                    1
+                                };
                             for source in 0..sources {
-                                let entry = Entry { intid, source, priority, group1, state, hardware };
+                                let entry = Entry {
+                                    intid,
+                                    source,
+                                    priority,
+                                    group1,
+                                    state,
+                                    hardware,
+                                };
                                 assert_eq!(format.decode(format.encode(&entry)), Some(entry));
                             }
                         }

@@ -121,7 +121,9 @@ impl Private {
 
     /// Takes back what was `listed`, in the state the guest left it (`None`: deactivated).
     pub fn take_back(&mut self, listed: &Entry, state: Option<State>) {
-        let (pending, active) = state.map_or((false, false), |state| (state.is_pending(), state.is_active()));
+        let (pending, active) = state.map_or((false, false), |state| {
+            (state.is_pending(), state.is_active())
+        });
         let index = usize::from(listed.intid);
         if listed.intid < SGIS {
             let sender = 1 << (listed.source & 7);
@@ -145,7 +147,9 @@ impl Private {
     /// `count` interrupts that were active and not listed have been ended: the most urgent ones.
     pub fn end_unlisted(&mut self, count: u32) {
         for _ in 0..count {
-            let most_urgent = (0..PRIVATE).filter(|it| self.is_active(*it)).min_by_key(|it| self.priority_of(*it));
+            let most_urgent = (0..PRIVATE)
+                .filter(|it| self.is_active(*it))
+                .min_by_key(|it| self.priority_of(*it));
             let Some(intid) = most_urgent else { return };
             self.active &= !bit(intid);
             if let Some(senders) = self.sgi_active.get_mut(usize::from(intid)) {
@@ -162,7 +166,11 @@ impl Private {
         if release {
             self.held &= !linked;
         }
-        let mut listing = Listing { entries: [None; MOST_LISTS], overflow: false, release };
+        let mut listing = Listing {
+            entries: [None; MOST_LISTS],
+            overflow: false,
+            release,
+        };
         let most = wiring.lists.min(MOST_LISTS);
         self.for_each_in_flight(wiring, |entry| insert(&mut listing, most, entry));
         for entry in listing.entries.iter().flatten() {
@@ -172,8 +180,15 @@ impl Private {
     }
 
     fn for_each_in_flight(&self, wiring: &Wiring, mut visit: impl FnMut(Entry)) {
-        let forwarded = (if wiring.group1_enabled { self.group1 } else { 0 })
-            | (if wiring.group0_enabled { !self.group1 } else { 0 });
+        let forwarded = (if wiring.group1_enabled {
+            self.group1
+        } else {
+            0
+        }) | (if wiring.group0_enabled {
+            !self.group1
+        } else {
+            0
+        });
         let deliver = forwarded & self.enabled;
         let entry = |intid: u8, state, source, hardware| Entry {
             intid,
@@ -183,8 +198,14 @@ impl Private {
             state,
             hardware,
         };
-        for (intid, (pending, active)) in (0..SGIS).zip(self.sgi_pending.iter().zip(&self.sgi_active)) {
-            let pending = if deliver & bit(intid) != 0 { *pending } else { 0 };
+        for (intid, (pending, active)) in
+            (0..SGIS).zip(self.sgi_pending.iter().zip(&self.sgi_active))
+        {
+            let pending = if deliver & bit(intid) != 0 {
+                *pending
+            } else {
+                0
+            };
             let mut senders = pending | active;
             while let Some(source) = lowest(senders) {
                 senders &= !(1 << source);
@@ -195,10 +216,13 @@ impl Private {
         }
         let pending = (self.pending | self.held) & deliver;
         for intid in (SGIS..PRIVATE).filter(|intid| (pending | self.active) & bit(*intid) != 0) {
-            let linked = (intid == wiring.linked.0 && self.held & bit(intid) != 0).then_some(wiring.linked.1);
+            let linked = (intid == wiring.linked.0 && self.held & bit(intid) != 0)
+                .then_some(wiring.linked.1);
             match state(pending & bit(intid) != 0, self.active & bit(intid) != 0) {
                 // Hardware cannot hold both for a linked interrupt; its line makes it pending again after deactivation.
-                Some(State::PendingAndActive) if linked.is_some() => visit(entry(intid, State::Active, 0, linked)),
+                Some(State::PendingAndActive) if linked.is_some() => {
+                    visit(entry(intid, State::Active, 0, linked))
+                }
                 Some(state) => visit(entry(intid, state, 0, linked)),
                 None => {}
             }
@@ -210,7 +234,11 @@ impl Private {
         if entry.intid < SGIS {
             let sender = 1 << (entry.source & 7);
             let index = usize::from(entry.intid);
-            if let Some(senders) = self.sgi_pending.get_mut(index).filter(|_| entry.state.is_pending()) {
+            if let Some(senders) = self
+                .sgi_pending
+                .get_mut(index)
+                .filter(|_| entry.state.is_pending())
+            {
                 *senders &= !sender;
             }
             if let Some(senders) = self.sgi_active.get_mut(index) {
@@ -239,7 +267,14 @@ impl Private {
 
 /// Puts `entry` where its urgency belongs: by priority, active before pending, lower number first.
 fn insert(listing: &mut Listing, most: usize, entry: Entry) {
-    let urgency = |entry: &Entry| (entry.priority, entry.state == State::Pending, entry.intid, entry.source);
+    let urgency = |entry: &Entry| {
+        (
+            entry.priority,
+            entry.state == State::Pending,
+            entry.intid,
+            entry.source,
+        )
+    };
     let mut next = Some(entry);
     for place in listing.entries.iter_mut().take(most) {
         let Some(inserted) = next else { return };
@@ -276,7 +311,9 @@ impl Private {
         match offset {
             IGROUPR => self.group1,
             ISENABLER | ICENABLER => self.enabled,
-            ISPENDR | ICPENDR => self.pending | self.held & !self.active | sgi_bits(&self.sgi_pending),
+            ISPENDR | ICPENDR => {
+                self.pending | self.held & !self.active | sgi_bits(&self.sgi_pending)
+            }
             ISACTIVER | ICACTIVER => self.active | sgi_bits(&self.sgi_active),
             IPRIORITYR..IPRIORITYR_END => {
                 u32::from_le_bytes(self.bytes(&self.priority, offset - IPRIORITYR))
@@ -313,7 +350,10 @@ impl Private {
             return;
         }
         let set = |of: &mut [u8; SGIS as usize], it: bool| {
-            for (intid, senders) in (0..SGIS).zip(of.iter_mut()).filter(|(intid, _)| value & bit(*intid) != 0) {
+            for (intid, senders) in (0..SGIS)
+                .zip(of.iter_mut())
+                .filter(|(intid, _)| value & bit(*intid) != 0)
+            {
                 debug_assert!(intid < SGIS);
                 *senders = u8::from(it);
             }
@@ -335,9 +375,15 @@ impl Private {
     /// GICv2: changes the pending senders of four SGIs.
     pub fn change_sgi_senders(&mut self, first: u64, senders: u32, pending: bool) {
         for (offset, senders) in senders.to_le_bytes().into_iter().enumerate() {
-            let index = usize::try_from(first).ok().and_then(|first| first.checked_add(offset));
+            let index = usize::try_from(first)
+                .ok()
+                .and_then(|first| first.checked_add(offset));
             if let Some(word) = index.and_then(|index| self.sgi_pending.get_mut(index)) {
-                *word = if pending { *word | senders } else { *word & !senders };
+                *word = if pending {
+                    *word | senders
+                } else {
+                    *word & !senders
+                };
             }
         }
     }
@@ -345,7 +391,9 @@ impl Private {
     fn set_priorities(&mut self, first: u64, value: u32, lanes: u32) {
         let bytes = value.to_le_bytes().into_iter().zip(lanes.to_le_bytes());
         for (offset, (value, _)) in bytes.enumerate().filter(|(_, (_, lane))| *lane != 0) {
-            let index = usize::try_from(first).ok().and_then(|first| first.checked_add(offset));
+            let index = usize::try_from(first)
+                .ok()
+                .and_then(|first| first.checked_add(offset));
             if let Some(priority) = index.and_then(|index| self.priority.get_mut(index)) {
                 *priority = value & 0xf8;
             }
@@ -355,7 +403,11 @@ impl Private {
     fn bytes<const N: usize>(&self, of: &[u8; N], first: u64) -> [u8; 4] {
         let first = usize::try_from(first).unwrap_or(usize::MAX);
         core::array::from_fn(|offset| {
-            first.checked_add(offset).and_then(|index| of.get(index)).copied().unwrap_or(0)
+            first
+                .checked_add(offset)
+                .and_then(|index| of.get(index))
+                .copied()
+                .unwrap_or(0)
         })
     }
 }
@@ -374,27 +426,40 @@ const ICFGR0: u64 = 0xc00;
 const ICFGR1: u64 = 0xc04;
 
 fn sgi_bits(senders: &[u8; SGIS as usize]) -> u32 {
-    (0..SGIS).zip(senders).filter(|(_, senders)| **senders != 0).fold(0, |bits, (intid, _)| bits | bit(intid))
+    (0..SGIS)
+        .zip(senders)
+        .filter(|(_, senders)| **senders != 0)
+        .fold(0, |bits, (intid, _)| bits | bit(intid))
 }
 
 /// Puts each of sixteen bits into the upper bit of its two-bit field.
 fn spread(bits: u32) -> u32 {
-    (0..16).filter(|position| bits >> position & 1 != 0).fold(0, |fields, position| fields | 0b10 << (2 * position))
+    (0..16)
+        .filter(|position| bits >> position & 1 != 0)
+        .fold(0, |fields, position| fields | 0b10 << (2 * position))
 }
 
 /// Inverse of [`spread`].
 fn gather(fields: u32) -> u32 {
-    (0..16).filter(|position| fields >> (2 * position) & 0b10 != 0).fold(0, |bits, position| bits | 1 << position)
+    (0..16)
+        .filter(|position| fields >> (2 * position) & 0b10 != 0)
+        .fold(0, |bits, position| bits | 1 << position)
 }
 
 #[cfg(test)]
 mod tests {
     use super::{
-        Entry, ICENABLER, ICFGR1, ICPENDR, IPRIORITYR, ISACTIVER, ISENABLER, ISPENDR, Listing, Private, State, Wiring,
+        Entry, ICENABLER, ICFGR1, ICPENDR, IPRIORITYR, ISACTIVER, ISENABLER, ISPENDR, Listing,
+        Private, State, Wiring,
     };
 
-    const WIRING: Wiring =
-        Wiring { group0_enabled: false, group1_enabled: true, linked: (27, 27), asserted: true, lists: 4 };
+    const WIRING: Wiring = Wiring {
+        group0_enabled: false,
+        group1_enabled: true,
+        linked: (27, 27),
+        asserted: true,
+        lists: 4,
+    };
 
     fn enabled() -> Private {
         let mut private = Private::new(true);
@@ -403,7 +468,12 @@ mod tests {
     }
 
     fn listed(listing: &Listing) -> Vec<(u8, State)> {
-        listing.entries.iter().flatten().map(|entry| (entry.intid, entry.state)).collect()
+        listing
+            .entries
+            .iter()
+            .flatten()
+            .map(|entry| (entry.intid, entry.state))
+            .collect()
     }
 
     fn only(listing: &Listing) -> Entry {
@@ -417,7 +487,10 @@ mod tests {
         private.send(3, 0);
         private.send(3, 0);
         let entry = only(&private.list(&WIRING));
-        assert_eq!((entry.intid, entry.state, entry.hardware), (3, State::Pending, None));
+        assert_eq!(
+            (entry.intid, entry.state, entry.hardware),
+            (3, State::Pending, None)
+        );
         private.take_back(&entry, None);
         assert_eq!(listed(&private.list(&WIRING)), []);
     }
@@ -429,7 +502,10 @@ mod tests {
         let entry = only(&private.list(&WIRING));
         private.take_back(&entry, Some(State::Active));
         private.send(3, 0);
-        assert_eq!(listed(&private.list(&WIRING)), [(3, State::PendingAndActive)]);
+        assert_eq!(
+            listed(&private.list(&WIRING)),
+            [(3, State::PendingAndActive)]
+        );
     }
 
     #[test]
@@ -438,7 +514,12 @@ mod tests {
         private.send(3, 0);
         private.send(3, 5);
         let listing = private.list(&WIRING);
-        let senders: Vec<u8> = listing.entries.iter().flatten().map(|entry| entry.source).collect();
+        let senders: Vec<u8> = listing
+            .entries
+            .iter()
+            .flatten()
+            .map(|entry| entry.source)
+            .collect();
         assert_eq!(senders, [0, 5]);
     }
 
@@ -457,7 +538,13 @@ mod tests {
     fn groups_that_the_distributor_does_not_forward_wait() {
         let mut private = enabled();
         private.send(1, 0);
-        assert_eq!(listed(&private.list(&Wiring { group1_enabled: false, ..WIRING })), []);
+        assert_eq!(
+            listed(&private.list(&Wiring {
+                group1_enabled: false,
+                ..WIRING
+            })),
+            []
+        );
         assert_eq!(listed(&private.list(&WIRING)), [(1, State::Pending)]);
     }
 
@@ -469,7 +556,10 @@ mod tests {
         assert_eq!((entry.state, entry.hardware), (State::Pending, Some(27)));
         private.take_back(&entry, Some(State::Active));
         assert!(private.holds());
-        let entry = only(&private.list(&Wiring { asserted: false, ..WIRING }));
+        let entry = only(&private.list(&Wiring {
+            asserted: false,
+            ..WIRING
+        }));
         assert_eq!((entry.state, entry.hardware), (State::Active, Some(27)));
         private.take_back(&entry, None);
         assert!(!private.holds());
@@ -498,7 +588,10 @@ mod tests {
         private.write(ICENABLER, 1 << 27, u32::MAX);
         let listing = private.list(&WIRING);
         assert!(!listing.release && listed(&listing).is_empty() && private.holds());
-        let listing = private.list(&Wiring { asserted: false, ..WIRING });
+        let listing = private.list(&Wiring {
+            asserted: false,
+            ..WIRING
+        });
         assert!(listing.release && !private.holds());
     }
 
@@ -518,11 +611,18 @@ mod tests {
         let mut private = enabled();
         for intid in 0..6 {
             private.send(intid, 0);
-            private.write(IPRIORITYR + u64::from(intid & !3), u32::from(0xa0 - 8 * intid) << (8 * (intid & 3)), 0xff << (8 * (intid & 3)));
+            private.write(
+                IPRIORITYR + u64::from(intid & !3),
+                u32::from(0xa0 - 8 * intid) << (8 * (intid & 3)),
+                0xff << (8 * (intid & 3)),
+            );
         }
         let listing = private.list(&WIRING);
         assert!(listing.overflow);
-        assert_eq!(listed(&listing).iter().map(|it| it.0).collect::<Vec<_>>(), [5, 4, 3, 2]);
+        assert_eq!(
+            listed(&listing).iter().map(|it| it.0).collect::<Vec<_>>(),
+            [5, 4, 3, 2]
+        );
         for entry in listing.entries.iter().flatten() {
             private.take_back(entry, None);
         }
@@ -552,7 +652,11 @@ mod tests {
         private.write(ISENABLER, 0xff, 0xff);
         assert_eq!(private.read(ISENABLER), 0, "enables have no byte access");
         private.write(ISPENDR, 0xffff_ffff, u32::MAX);
-        assert_eq!(private.read(ISPENDR), 0xffff_0000, "SGIs are read-only here on GICv2");
+        assert_eq!(
+            private.read(ISPENDR),
+            0xffff_0000,
+            "SGIs are read-only here on GICv2"
+        );
         private.write(ICPENDR, 0xffff_ffff, u32::MAX);
         assert_eq!(private.read(ISPENDR), 0);
         for offset in (0..0x1_0000).step_by(4) {
