@@ -3,20 +3,20 @@
 
 use crate::addr::PAGE_BYTES;
 use crate::guest::abi::op;
-use crate::mmu::PageSet;
 use crate::vm::Command;
 
 use super::Refusal;
-use super::clock::{Counts, timed};
+use super::clock::{Counts, Moment, timed};
 use super::report::{Row, progress};
-use super::scene::{Cast, Stage, cpu};
-use super::verify::set_stop;
+use super::scene::{Cast, Stage};
+use super::verify::{PATIENCE_NS, clear, logged, set_stop};
 
 /// Exclusive acquisitions after each clear.
 const BURST: u64 = 8;
 
-/// Every mode; it is a result that the run ends at all.
+/// Every mode; false when the vCPUs faulted in too few rounds for the run to mean something.
 pub(super) fn run(stage: &Stage<'_>) -> Result<bool, Refusal> {
+    let mut good = true;
     for &vcpus in &stage.params.vcpus {
         for &locking in &stage.params.locking {
             progress(
@@ -24,19 +24,14 @@ pub(super) fn run(stage: &Stage<'_>) -> Result<bool, Refusal> {
                 1,
                 format_args!("starve: {vcpus} vCPUs, {}", locking.name()),
             );
-            case(stage, stage.cast(locking, vcpus))?;
+            good &= case(stage, stage.cast(locking, vcpus))?;
         }
     }
-    Ok(true)
+    Ok(good)
 }
 
-fn case(stage: &Stage<'_>, cast: Cast) -> Result<(), Refusal> {
-    let scene = stage.open(cast)?;
-    let failed = |error| alloc::format!("dirty logging: {error}");
-    scene
-        .stage2()
-        .enable_logging(cpu(), scene.data, false)
-        .map_err(failed)?;
+fn case(stage: &Stage<'_>, cast: Cast) -> Result<bool, Refusal> {
+    let scene = logged(stage, cast, false)?;
     set_stop(&scene, 0)?;
     let pages = cast.region_bytes / PAGE_BYTES;
     scene.post(|vcpu| Command {
@@ -44,13 +39,14 @@ fn case(stage: &Stage<'_>, cast: Cast) -> Result<(), Refusal> {
         args: [scene.region(vcpu), pages, 1 + vcpu as u64, 0, 0],
     });
     let before = Counts::now();
-    let (mut longest, mut sum, mut taken) = (0, 0, 0);
-    for _ in 0..stage.params.rounds {
-        let mut cleared = PageSet::default();
-        scene
-            .stage2()
-            .clear(cpu(), scene.data, 0, scene.pages(), &mut cleared)
-            .map_err(failed)?;
+    let start = Moment::now();
+    let (mut rounds, mut longest, mut sum, mut taken) = (0, 0, 0, 0);
+    while rounds < stage.params.rounds && start.elapsed_ns() < PATIENCE_NS {
+        // A round counts when the vCPUs have faulted since the last one; now they will again.
+        if clear(&scene)?.len() < cast.vcpus as u64 {
+            continue;
+        }
+        rounds += 1;
         for _ in 0..BURST {
             let (held, wait_ns) = timed(|| scene.stage2().exclusive());
             drop(held);
@@ -65,9 +61,10 @@ fn case(stage: &Stage<'_>, cast: Cast) -> Result<(), Refusal> {
     scene.close();
     row.param("vcpus", cast.vcpus)
         .word("locking", cast.locking.name())
+        .value("rounds", rounds)
         .value("exclusive_acquired", taken)
         .value("exclusive_mean_ns", sum / taken.max(1))
         .value("exclusive_max_ns", longest)
         .print();
-    Ok(())
+    Ok(rounds == stage.params.rounds)
 }

@@ -21,7 +21,7 @@ use super::scene::{Cast, Comparison, Scene, Stage, cpu};
 
 const PAGE: usize = to_index(PAGE_BYTES);
 /// How long vCPUs may write nothing new.
-const PATIENCE_NS: u64 = 30_000_000_000;
+pub(super) const PATIENCE_NS: u64 = 30_000_000_000;
 
 /// Every mode, with pages and with blocks; false when anything was lost.
 pub(super) fn run(stage: &Stage<'_>) -> Result<bool, Refusal> {
@@ -63,7 +63,7 @@ fn row(stage: &Stage<'_>, case: &str, cast: Cast, all_set: bool) -> Row {
 }
 
 /// A scene whose memory is populated and logged.
-fn logged(stage: &Stage<'_>, cast: Cast, all_set: bool) -> Result<Scene, Refusal> {
+pub(super) fn logged(stage: &Stage<'_>, cast: Cast, all_set: bool) -> Result<Scene, Refusal> {
     let scene = stage.open(cast)?;
     let pages = cast.region_bytes / PAGE_BYTES;
     scene.perform(|vcpu| Command {
