@@ -1,6 +1,6 @@
 //! The measuring phases: they run at EL2 on the first CPU, the *controller*, which runs no guest itself.
 //!
-//! Each suite builds a [`scene`] (a VM with the built-in guest in it), posts operations to its vCPUs and sleeps until they
+//! Each suite builds a `scene` (a VM with the built-in guest in it), posts operations to its vCPUs and sleeps until they
 //! are done; what it finds is printed as one line of JSON a result ([`report`]), so that a board without a host tells the
 //! same as QEMU does.
 

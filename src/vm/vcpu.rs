@@ -1,7 +1,7 @@
 //! A vCPU, as everybody but the CPU that holds it sees it.
 //!
-//! What only the holder touches is in [`Parked`] while nobody holds the vCPU and in a
-//! [`Resident`](super::resident::Resident) while somebody does. The rest is shared and small: requests to the vCPU, each
+//! What only the holder touches is in `Parked` while nobody holds the vCPU and in a
+//! `Resident` while somebody does. The rest is shared and small: requests to the vCPU, each
 //! followed by a kick of the CPU that holds it.
 
 use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};

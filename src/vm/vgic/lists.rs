@@ -1,5 +1,5 @@
-//! List registers: what the virtual CPU interface is told of interrupts in flight, for GICv3 (ICH_LR<n>_EL2, IHI 0069H
-//! 12.4.8) and GICv2 (GICH_LR<n>, IHI 0048B 5.3.9).
+//! List registers: what the virtual CPU interface is told of interrupts in flight, for GICv3 (`ICH_LR<n>_EL2`, IHI 0069H
+//! 12.4.8) and GICv2 (`GICH_LR<n>`, IHI 0048B 5.3.9).
 //!
 //! An [`Entry`] is encoded when it is listed and decoded when it is taken back; both are pure.
 

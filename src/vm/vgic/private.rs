@@ -7,7 +7,7 @@
 //! # The interrupt that is linked to hardware
 //!
 //! The virtual timer's physical interrupt stays active from the moment EL2 takes it until the guest deactivates its
-//! virtual twin, which hardware then does for both. [`Private::held`] records that. Undelivered and no longer asserted
+//! virtual twin, which hardware then does for both. `Private::held` records that. Undelivered and no longer asserted
 //! it is given back ([`Listing::release`]), so the physical active state never leaks.
 
 use super::lists::{Entry, State};

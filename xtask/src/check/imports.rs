@@ -21,7 +21,7 @@ const ALLOWED: [(&str, &[&str]); 13] = [
     (
         "bench",
         &[
-            "addr", "arch", "sync", "trace", "mem", "mmu", "dev", "vm", "guest",
+            "addr", "arch", "sync", "trace", "mem", "mmu", "dev", "vm", "guest", "log",
         ],
     ),
     ("log", &["addr", "arch", "sync", "trace", "mem", "dev"]),
