@@ -45,14 +45,14 @@ pub(super) fn all(board: &Board, soak: bool) -> Vec<Case> {
         Size {
             mib: 64,
             iterations: 5,
-            rounds: 30,
+            rounds: 200,
             vcpus: 8,
         }
     } else {
         Size {
             mib: 4,
             iterations: 2,
-            rounds: 2,
+            rounds: 6,
             vcpus: 4,
         }
     };

@@ -113,13 +113,16 @@ impl Bench {
         }
         match case.expect {
             Expect::Good(check) => {
+                // What the rows say is closer to the cause than a status is.
+                let judged = check(&runs);
                 for (boot, run) in case.boots.iter().zip(&runs) {
-                    if let Some(fault) = run.fault() {
-                        bail!("{fault}");
+                    match (run.fault(), &judged) {
+                        (Some(fault), Err(why)) if !run.rows.is_empty() => bail!("{fault}; {why}"),
+                        (Some(fault), _) => bail!("{fault}"),
+                        (None, _) => whole(boot, run)?,
                     }
-                    whole(boot, run)?;
                 }
-                check(&runs).map_err(|why| anyhow!("{why}"))
+                judged.map_err(|why| anyhow!("{why}"))
             }
             Expect::Refusal(words) => runs.iter().try_for_each(|run| refused(run, words)),
         }
