@@ -5,6 +5,7 @@
 //! recent moment.
 
 pub mod ring;
+pub mod times;
 
 // Counters are no part of any protocol, so loom need not see them: `core`'s atomics, always.
 use core::sync::atomic::{AtomicU64, Ordering};

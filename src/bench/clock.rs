@@ -2,6 +2,7 @@
 
 use crate::arch;
 use crate::sync::percpu;
+use crate::trace::times::Histogram;
 use crate::trace::{EVENT_NAMES, EVENTS};
 
 /// A moment of the physical counter.
@@ -57,4 +58,23 @@ impl Counts {
             .zip(self.0)
             .map(|(((_, name), now), then)| (*name, now.wrapping_sub(then)))
     }
+}
+
+/// Measures the exits of all CPUs from now on, or no longer. Every vCPU waits for work.
+pub(super) fn measure_exits(measuring: bool) {
+    percpu::all()
+        .iter()
+        .for_each(|block| block.exit_times.restart(measuring));
+}
+
+/// What exits have taken since, by name; nothing when none was measured.
+pub(super) fn exit_times() -> impl Iterator<Item = (&'static str, u64)> {
+    let sum = Histogram::of(percpu::all().iter().map(|block| &block.exit_times));
+    let longest = sum.longest_ticks();
+    [
+        ("exit_p99_ns", nanoseconds(sum.p99_ticks())),
+        ("exit_max_ns", nanoseconds(longest)),
+    ]
+    .into_iter()
+    .filter(move |_| longest != 0)
 }

@@ -11,7 +11,7 @@ use crate::mmu::PageSet;
 use crate::vm::Command;
 
 use super::Refusal;
-use super::clock::{Counts, nanoseconds, timed};
+use super::clock::{Counts, exit_times, measure_exits, nanoseconds, timed};
 use super::params::{Params, Timing, size_name, stride_name};
 use super::report::{Row, progress};
 use super::scene::{Cast, Comparison, Outcome, Scene, Stage, cpu};
@@ -93,11 +93,14 @@ fn case(stage: &Stage<'_>, cast: Cast) -> Result<bool, Refusal> {
 }
 
 fn iterate(params: &Params, scene: &Scene, number: u64) -> Result<Iteration, Refusal> {
+    // Under `insn` measuring would be part of what is measured.
+    measure_exits(params.timing != Timing::Insn);
     let before = Counts::now();
     let (outcomes, dirty_ns) =
         timed(|| scene.perform(|vcpu| pass(params, scene, vcpu, number, flags::LOG)));
     let outcomes = outcomes?;
-    let counts: Vec<_> = before.since().collect();
+    let counts: Vec<_> = before.since().chain(exit_times()).collect();
+    measure_exits(false);
     // The first iteration of `initially_all_set` does not fault, so there is no difference to take.
     let again = scene.perform(|vcpu| pass(params, scene, vcpu, number, flags::LOG))?;
     let failed = |error| alloc::format!("dirty logging: {error}");

@@ -11,6 +11,7 @@ use spin::Once;
 
 use crate::arch::{self, offsets};
 use crate::trace::ring::Ring;
+use crate::trace::times::ExitTimes;
 use crate::trace::{Counters, Event};
 
 /// Everything one CPU owns. All-zero bytes are a valid block.
@@ -31,6 +32,8 @@ pub struct CpuBlock {
     pub counters: Counters,
     /// What this CPU did last.
     pub ring: Ring,
+    /// How long its exits take.
+    pub exit_times: ExitTimes,
 }
 
 const _: () = {

@@ -97,7 +97,10 @@ impl<'a> Resident<'a> {
             // uses before the guest has been left.
             let exit = unsafe { arch::enter(with_exposed_provenance_mut::<Frame>(this)) };
             percpu::count(Event::Exits);
+            let times = &percpu::this().exit_times;
+            let begun = times.begin();
             self.act(exit);
+            times.end(begun);
         }
     }
 

@@ -18,7 +18,11 @@ extern "C" fn guest_abort(frame: *mut Frame, esr: u64) -> u64 {
     // SAFETY: the frame that was entered is the first field of this CPU's resident vCPU, whose run loop is suspended in
     // `arch::enter` meanwhile.
     let resident = unsafe { &mut *frame.cast::<Resident<'_>>() };
-    resident.judge_abort(esr)
+    let times = &percpu::this().exit_times;
+    let begun = times.begin();
+    let verdict = resident.judge_abort(esr);
+    times.end(begun);
+    verdict
 }
 
 impl Resident<'_> {
