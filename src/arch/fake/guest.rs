@@ -125,7 +125,6 @@ impl State {
         found: &mut Vec<Outcome>,
     ) {
         let span = span_bytes(level);
-        #[expect(clippy::cast_possible_truncation, reason = "below 512")]
         let index = ((ipa.raw() / span) & 511) as usize;
         for raw in self.readings(cpu, table, index) {
             match decode(raw, level) {

@@ -34,6 +34,8 @@ mod descriptor;
 mod guest;
 pub mod host;
 pub mod instructions;
+#[cfg(loom)]
+pub mod interleaved;
 mod memory;
 mod oracle;
 mod random;

@@ -62,8 +62,7 @@ pub(super) const fn base_of(vttbr: u64) -> u64 {
 }
 
 pub(super) const fn vmid_of(vttbr: u64) -> u16 {
-    #[expect(clippy::cast_possible_truncation, reason = "sixteen bits are left")]
-    return (vttbr >> VMID_SHIFT) as u16;
+    (vttbr >> VMID_SHIFT) as u16
 }
 
 impl State {
@@ -267,7 +266,6 @@ impl State {
     /// The descriptor at `slot` went from `old` to `new`.
     pub(super) fn note_descriptor(&mut self, slot: u64, old: u64, new: u64) {
         let table = slot & !(PAGE_BYTES - 1);
-        #[expect(clippy::cast_possible_truncation, reason = "below 512")]
         let index = ((slot - table) / SLOT_BYTES) as usize;
         if !self.memory.is_live(table) {
             return self.report(Violation::WrittenOutsideTables {

@@ -1,0 +1,22 @@
+//! The lockless protocols through every interleaving that loom finds, weak memory included, with the shipped types:
+//! `RUSTFLAGS="--cfg loom" cargo test --release --test loom`.
+//!
+//! Each rule of `mmu/protocol.md` that orders two CPUs has a `good_*` test of the shipped order and a `bad_*` one of the
+//! order that loses a write, reads freed memory or shares a number, which the checker must find: it panics.
+//!
+//! Loom explores executions with at most three preemptions (`LOOM_MAX_PREEMPTIONS` overrides).
+#![cfg(loom)]
+
+mod dirty;
+mod freeing;
+mod hardware;
+mod structure;
+mod summary;
+mod vmid;
+
+/// Explores `body`.
+fn check(body: impl Fn() + Send + Sync + 'static) {
+    let mut model = loom::model::Builder::new();
+    model.preemption_bound = model.preemption_bound.or(Some(3));
+    model.check(body);
+}
