@@ -18,7 +18,7 @@
 //! If the setter reads its summary bit still set, the taker's clear comes later and so do its reads of the words, which
 //! then see the bit. If it reads it clear it sets it again: the page is found next time at the latest. Test-then-set of
 //! the word would lose a page (`bad_test_then_set_loses_a_write`), and so would taking the words first
-//! (`bad_taking_words_before_the_summary_hides_a_page`), both in `tests/loom.rs`.
+//! (`bad_taking_words_before_the_summary_hides_a_page`), both in `tests/loom`.
 
 use alloc::boxed::Box;
 

@@ -18,7 +18,7 @@
 //!
 //! If the bit came first, `clear` could take it, find the leaf read-only and report the page; the page would be copied,
 //! then become writable with no bit set. With the leaf first, whoever clears the bit finds the leaf writable and protects
-//! it; and whoever waits for a grace period finds the bit. `tests/loom.rs` checks both orders.
+//! it; and whoever waits for a grace period finds the bit. `tests/loom` checks both orders.
 
 use crate::addr::{Ipa, Va};
 use crate::arch;

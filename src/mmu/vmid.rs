@@ -19,7 +19,7 @@
 //!
 //! Either the CAS comes first, then the swap finds the number and reserves it; or the swap comes first, then the CAS
 //! fails and the loader takes the lock. A plain store in place of the CAS lets a CPU run under a number that rollover
-//! gave to another VM (`bad_plain_store_shares_a_vmid` in `tests/loom.rs`).
+//! gave to another VM (`bad_plain_store_shares_a_vmid` in `tests/loom`).
 
 use alloc::boxed::Box;
 use alloc::vec;

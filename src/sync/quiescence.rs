@@ -17,7 +17,7 @@
 //!
 //! The two fences make one of two things true: the waiter reads the odd mark and waits, or the walker's loads see what
 //! the waiter published. Without the walker's fence its loads may be satisfied before its mark is visible, and a table
-//! is freed under it (`tests/loom.rs`, `bad_walker_without_fence_reads_a_freed_table`).
+//! is freed under it (`tests/loom`, `bad_walker_without_fence_reads_a_freed_table`).
 //!
 //! Each mark is written by one CPU only and has cache lines of its own, so entering and leaving costs two plain stores
 //! and one barrier, and shares nothing.
