@@ -3,7 +3,7 @@
 //! [`crate::sync::percpu`] asserts that the block is laid out so.
 
 /// `CpuBlock::emergency_stack_top`.
-pub const EMERGENCY_STACK_TOP: usize = 8;
+pub const EMERGENCY_STACK_TOP: usize = 0;
 
 /// The counter of [`crate::trace::Event::Exits`] in `CpuBlock::counters`.
 pub const EXITS: usize = 128 + 8 * 15;

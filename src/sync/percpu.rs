@@ -5,7 +5,7 @@
 
 use alloc::vec::Vec;
 use core::mem::offset_of;
-use core::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use spin::Once;
 
@@ -18,16 +18,12 @@ use crate::trace::{Counters, Event};
 #[derive(Debug, Default)]
 #[repr(C, align(128))]
 pub struct CpuBlock {
-    /// Where the vectors save the guest's registers; null while no guest runs here. Read by the vectors.
-    pub frame: AtomicPtr<()>,
     /// Top of the stack for exceptions taken from EL2 itself. Read by the vectors, written once before the CPU starts.
     pub emergency_stack_top: AtomicU64,
     /// Position of this CPU in the list of CPUs found at boot.
     pub index: AtomicU32,
     /// MPIDR_EL1 affinity of this CPU.
     pub affinity: AtomicU64,
-    /// The vCPU whose state this CPU holds, as the `vm` layer's pointer; null when idle.
-    pub vcpu: AtomicPtr<()>,
     /// What this CPU has counted.
     pub counters: Counters,
     /// What this CPU did last.

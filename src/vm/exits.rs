@@ -97,9 +97,13 @@ impl Resident<'_> {
         }
     }
 
-    /// Standby: sleeps until an interrupt of any kind, which the guest may then find or not.
-    fn suspend(&self) -> u64 {
-        arch::wfi();
+    /// Standby: sleeps until an interrupt of any kind, which the guest may then find or not. WFI at EL2 does not see
+    /// virtual interrupts, so none may be pending.
+    fn suspend(&mut self) -> u64 {
+        self.take_back();
+        if !self.vcpu.private.lock().wakes() {
+            arch::wfi();
+        }
         smccc::SUCCESS
     }
 

@@ -11,7 +11,7 @@ use spin::MutexGuard;
 use crate::addr::{Ipa, Va};
 use crate::arch;
 use crate::arch::context::{El1, Exit, Frame};
-use crate::dev::gic::{Irq, KICK};
+use crate::dev::gic::Irq;
 use crate::sync::percpu;
 use crate::sync::quiescence::CpuId;
 use crate::trace::Event;
@@ -221,11 +221,6 @@ impl<'a> Resident<'a> {
         if intid == interrupts.maintenance {
             self.relist();
         }
-        debug_assert!(
-            intid == KICK
-                || intid == interrupts.maintenance
-                || intid == interrupts.hypervisor_timer
-        );
         gic.deactivate(irq);
     }
 

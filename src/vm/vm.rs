@@ -244,8 +244,12 @@ impl Vm {
         self.gic.version()
     }
 
-    /// Puts vCPU `i` on CPU `i + 1`; those that are off wait there. After [`Vm::stop`] everything goes on where it was.
+    /// Puts vCPU `i` on CPU `i + 1`; those that are off wait there. After [`Vm::stop`] everything goes on where it
+    /// was; a VM that stopped by itself does not.
     pub fn start(self: &Arc<Self>, host: &Host) {
+        if self.reasons.lock().iter().any(Option::is_some) {
+            return;
+        }
         self.stopping.store(false, Ordering::SeqCst);
         for (vcpu, cpu) in self.vcpus.iter().zip(1..host.cpus()) {
             vcpu.set_cpu(Some(cpu));

@@ -4,7 +4,7 @@
 //! There are no SPIs (ITLinesNumber = 0), so everything private is a register of [`Private`](super::private::Private);
 //! what is left is shared by the VM and small.
 
-use super::private::IGROUPR;
+use super::registers::IGROUPR;
 
 /// Bytes of GICv3's GICD frame.
 pub const V3_DISTRIBUTOR_BYTES: u64 = 0x1_0000;

@@ -2,7 +2,7 @@
 //!
 //! | file | what |
 //! |---|---|
-//! | [`private`] | the state of one vCPU's interrupts, a pure model |
+//! | [`private`], [`registers`] | the state of one vCPU's interrupts, a pure model, and its registers |
 //! | [`lists`] | the two formats of list registers |
 //! | [`distributor`] | which register an access to a frame names, who gets an SGI |
 //! | [`interface`] | the list registers of the CPU that holds the vCPU |
@@ -14,3 +14,4 @@ pub mod distributor;
 pub mod interface;
 pub mod lists;
 pub mod private;
+pub mod registers;

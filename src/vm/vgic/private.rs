@@ -16,26 +16,26 @@ use super::lists::{Entry, State};
 pub const SGIS: u8 = 16;
 /// Number of private interrupts.
 pub const PRIVATE: u8 = 32;
-const SGI_BITS: u32 = 0xffff;
+pub(super) const SGI_BITS: u32 = 0xffff;
 
 /// The private interrupts of one vCPU.
 #[derive(Clone, Debug)]
 pub struct Private {
-    enabled: u32,
-    group1: u32,
+    pub(super) enabled: u32,
+    pub(super) group1: u32,
     /// PPIs that are edge-triggered; SGIs always are.
-    edge: u32,
+    pub(super) edge: u32,
     /// PPIs that are latched pending.
-    pending: u32,
+    pub(super) pending: u32,
     /// PPIs that were taken and not deactivated.
-    active: u32,
-    priority: [u8; PRIVATE as usize],
+    pub(super) active: u32,
+    pub(super) priority: [u8; PRIVATE as usize],
     /// Per SGI, the senders (GICv2) or bit 0 (GICv3) for which it is pending.
-    sgi_pending: [u8; SGIS as usize],
+    pub(super) sgi_pending: [u8; SGIS as usize],
     /// As `sgi_pending`, for taken and not deactivated.
-    sgi_active: [u8; SGIS as usize],
+    pub(super) sgi_active: [u8; SGIS as usize],
     /// The PPI whose physical twin EL2 has taken and nobody has deactivated.
-    held: u32,
+    pub(super) held: u32,
     /// It was taken anew before the model learnt that its guest had deactivated it.
     taken_anew: bool,
 }
@@ -117,6 +117,11 @@ impl Private {
     /// Whether an SGI is in group 1.
     pub fn is_group1(&self, intid: u8) -> bool {
         self.group1 & bit(intid) != 0
+    }
+
+    /// Whether an enabled interrupt is pending, which ends a sleep.
+    pub fn wakes(&self) -> bool {
+        (self.pending | self.held & !self.active | sgi_bits(&self.sgi_pending)) & self.enabled != 0
     }
 
     /// Takes back what was `listed`, in the state the guest left it (`None`: deactivated).
@@ -295,163 +300,27 @@ fn state(pending: bool, active: bool) -> Option<State> {
     }
 }
 
-/// The lowest set bit's position.
-fn lowest(bits: u8) -> Option<u8> {
-    (0..8).find(|position| bits >> position & 1 != 0)
-}
-
-const fn bit(intid: u8) -> u32 {
-    1_u32.unbounded_shl(intid as u32)
-}
-
-/// The registers of this model, by their offset in a distributor (GICv2) or in a redistributor's SGI frame (GICv3).
-impl Private {
-    /// Reads the word at `offset`, a multiple of four; zero where nothing is.
-    pub fn read(&self, offset: u64) -> u32 {
-        match offset {
-            IGROUPR => self.group1,
-            ISENABLER | ICENABLER => self.enabled,
-            ISPENDR | ICPENDR => {
-                self.pending | self.held & !self.active | sgi_bits(&self.sgi_pending)
-            }
-            ISACTIVER | ICACTIVER => self.active | sgi_bits(&self.sgi_active),
-            IPRIORITYR..IPRIORITYR_END => {
-                u32::from_le_bytes(self.bytes(&self.priority, offset - IPRIORITYR))
-            }
-            ICFGR0 => 0xaaaa_aaaa,
-            ICFGR1 => spread(self.edge >> SGIS),
-            _ => 0,
-        }
-    }
-
-    /// Writes the word at `offset`, a multiple of four; `lanes` selects bytes (only priorities have bytes).
-    pub fn write(&mut self, offset: u64, value: u32, lanes: u32) {
-        if lanes != u32::MAX && !(IPRIORITYR..IPRIORITYR_END).contains(&offset) {
-            return;
-        }
-        match offset {
-            IGROUPR => self.group1 = value,
-            ISENABLER => self.enabled |= value,
-            ICENABLER => self.enabled &= !value,
-            ISPENDR => self.pending |= value & !SGI_BITS,
-            ICPENDR => self.pending &= !value,
-            ISACTIVER => self.active |= value & !SGI_BITS,
-            ICACTIVER => self.active &= !value,
-            IPRIORITYR..IPRIORITYR_END => self.set_priorities(offset - IPRIORITYR, value, lanes),
-            ICFGR1 => self.edge = SGI_BITS | gather(value) << SGIS,
-            _ => {}
-        }
-    }
-
-    /// As [`Self::write`], where the pending and active bits of SGIs can be written, too: GICv3's redistributor.
-    pub fn write_v3(&mut self, offset: u64, value: u32, lanes: u32) {
-        self.write(offset, value, lanes);
-        if lanes != u32::MAX {
-            return;
-        }
-        let set = |of: &mut [u8; SGIS as usize], it: bool| {
-            for (intid, senders) in (0..SGIS)
-                .zip(of.iter_mut())
-                .filter(|(intid, _)| value & bit(*intid) != 0)
-            {
-                debug_assert!(intid < SGIS);
-                *senders = u8::from(it);
-            }
-        };
-        match offset {
-            ISPENDR => set(&mut self.sgi_pending, true),
-            ICPENDR => set(&mut self.sgi_pending, false),
-            ISACTIVER => set(&mut self.sgi_active, true),
-            ICACTIVER => set(&mut self.sgi_active, false),
-            _ => {}
-        }
-    }
-
-    /// GICv2's GICD_SPENDSGIR and GICD_CPENDSGIR: the senders of four SGIs.
-    pub fn sgi_senders(&self, first: u64) -> u32 {
-        u32::from_le_bytes(self.bytes(&self.sgi_pending, first))
-    }
-
-    /// GICv2: changes the pending senders of four SGIs.
-    pub fn change_sgi_senders(&mut self, first: u64, senders: u32, pending: bool) {
-        for (offset, senders) in senders.to_le_bytes().into_iter().enumerate() {
-            let index = usize::try_from(first)
-                .ok()
-                .and_then(|first| first.checked_add(offset));
-            if let Some(word) = index.and_then(|index| self.sgi_pending.get_mut(index)) {
-                *word = if pending {
-                    *word | senders
-                } else {
-                    *word & !senders
-                };
-            }
-        }
-    }
-
-    fn set_priorities(&mut self, first: u64, value: u32, lanes: u32) {
-        let bytes = value.to_le_bytes().into_iter().zip(lanes.to_le_bytes());
-        for (offset, (value, _)) in bytes.enumerate().filter(|(_, (_, lane))| *lane != 0) {
-            let index = usize::try_from(first)
-                .ok()
-                .and_then(|first| first.checked_add(offset));
-            if let Some(priority) = index.and_then(|index| self.priority.get_mut(index)) {
-                *priority = value & 0xf8;
-            }
-        }
-    }
-
-    fn bytes<const N: usize>(&self, of: &[u8; N], first: u64) -> [u8; 4] {
-        let first = usize::try_from(first).unwrap_or(usize::MAX);
-        core::array::from_fn(|offset| {
-            first
-                .checked_add(offset)
-                .and_then(|index| of.get(index))
-                .copied()
-                .unwrap_or(0)
-        })
-    }
-}
-
-/// Offset of GICD_IGROUPR0 and its likes.
-pub const IGROUPR: u64 = 0x080;
-const ISENABLER: u64 = 0x100;
-const ICENABLER: u64 = 0x180;
-const ISPENDR: u64 = 0x200;
-const ICPENDR: u64 = 0x280;
-const ISACTIVER: u64 = 0x300;
-const ICACTIVER: u64 = 0x380;
-const IPRIORITYR: u64 = 0x400;
-const IPRIORITYR_END: u64 = 0x420;
-const ICFGR0: u64 = 0xc00;
-const ICFGR1: u64 = 0xc04;
-
-fn sgi_bits(senders: &[u8; SGIS as usize]) -> u32 {
+/// The SGIs that have a sender.
+pub(super) fn sgi_bits(senders: &[u8; SGIS as usize]) -> u32 {
     (0..SGIS)
         .zip(senders)
         .filter(|(_, senders)| **senders != 0)
         .fold(0, |bits, (intid, _)| bits | bit(intid))
 }
 
-/// Puts each of sixteen bits into the upper bit of its two-bit field.
-fn spread(bits: u32) -> u32 {
-    (0..16)
-        .filter(|position| bits >> position & 1 != 0)
-        .fold(0, |fields, position| fields | 0b10 << (2 * position))
+/// The lowest set bit's position.
+fn lowest(bits: u8) -> Option<u8> {
+    (0..8).find(|position| bits >> position & 1 != 0)
 }
 
-/// Inverse of [`spread`].
-fn gather(fields: u32) -> u32 {
-    (0..16)
-        .filter(|position| fields >> (2 * position) & 0b10 != 0)
-        .fold(0, |bits, position| bits | 1 << position)
+pub(super) const fn bit(intid: u8) -> u32 {
+    1_u32.unbounded_shl(intid as u32)
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{
-        Entry, ICENABLER, ICFGR1, ICPENDR, IPRIORITYR, ISACTIVER, ISENABLER, ISPENDR, Listing,
-        Private, State, Wiring,
-    };
+    use super::{Entry, Listing, Private, State, Wiring};
+    use crate::vm::vgic::registers::{ICENABLER, IPRIORITYR, ISACTIVER, ISENABLER, ISPENDR};
 
     const WIRING: Wiring = Wiring {
         group0_enabled: false,
@@ -640,39 +509,5 @@ mod tests {
         assert_eq!(private.read(ISACTIVER), 1 << 20);
         private.end_unlisted(5);
         assert_eq!(private.read(ISACTIVER), 0);
-    }
-
-    #[test]
-    fn registers_read_back_what_they_may() {
-        let mut private = Private::new(false);
-        private.write(IPRIORITYR + 4, 0xffff_ffff, 0x0000_ff00);
-        assert_eq!(private.read(IPRIORITYR + 4), 0x0000_f800);
-        private.write(ICFGR1, 0xaaaa_aaaa, u32::MAX);
-        assert_eq!(private.read(ICFGR1), 0xaaaa_aaaa);
-        private.write(ISENABLER, 0xff, 0xff);
-        assert_eq!(private.read(ISENABLER), 0, "enables have no byte access");
-        private.write(ISPENDR, 0xffff_ffff, u32::MAX);
-        assert_eq!(
-            private.read(ISPENDR),
-            0xffff_0000,
-            "SGIs are read-only here on GICv2"
-        );
-        private.write(ICPENDR, 0xffff_ffff, u32::MAX);
-        assert_eq!(private.read(ISPENDR), 0);
-        for offset in (0..0x1_0000).step_by(4) {
-            private.write(offset, 0x5555_5555, u32::MAX);
-            private.read(offset);
-        }
-    }
-
-    #[test]
-    fn gicv2_senders_are_written_by_the_byte() {
-        let mut private = enabled();
-        private.change_sgi_senders(4, 0x0000_0300, true);
-        assert_eq!(private.sgi_senders(4), 0x300);
-        private.change_sgi_senders(4, 0x0000_0100, false);
-        assert_eq!(private.sgi_senders(4), 0x200);
-        private.change_sgi_senders(400, u32::MAX, true);
-        assert_eq!(private.sgi_senders(400), 0);
     }
 }
