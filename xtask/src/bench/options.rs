@@ -20,7 +20,7 @@ pub(crate) struct Options {
     #[arg(long, default_value_t = 16, value_name = "MIB", value_parser = clap::value_parser!(u64).range(2..))]
     pub(crate) mib_per_vcpu: u64,
     /// Rounds of write, get, clear
-    #[arg(long, default_value_t = 2, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, default_value_t = 5, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) iterations: u32,
     /// Of 100 accesses, how many write; the others read
     #[arg(long, default_value_t = 100, value_name = "PERCENT", value_parser = clap::value_parser!(u32).range(0..=100))]
@@ -231,7 +231,7 @@ pub(super) mod tests {
         ];
         let options = options(&words).expect("good options");
         let append = options.append("dirty", &[1, 2], Timing::Insn);
-        let expected = "suite=dirty timing=insn vcpus=1,2 locking=rwlock,mutex mib=16 iterations=2 write-percent=100 \
+        let expected = "suite=dirty timing=insn vcpus=1,2 locking=rwlock,mutex mib=16 iterations=5 write-percent=100 \
                         order=random seed=7 stride=2m backing=4k initially-all-set=0 hpfar=trust";
         assert_eq!(append, expected);
     }

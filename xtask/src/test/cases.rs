@@ -65,6 +65,7 @@ pub(super) fn all(board: &Board, soak: bool) -> Vec<Case> {
         table.machines(),
         table.sizes(),
         table.models(),
+        table.patterns(),
         table.figures(),
         table.refusals(),
     ];
@@ -203,6 +204,50 @@ impl Table<'_> {
                     Expect::Good(checks::every_mode_completes),
                 ));
             }
+        }
+        cases
+    }
+
+    /// Other ways to write, to map and to log.
+    fn patterns(&self) -> Vec<Case> {
+        let patterns = [
+            ("2 MiB blocks are split where a write hits", "backing=2m"),
+            ("1 GiB blocks are split where a write hits", "backing=1g"),
+            ("pages are written in random order", "order=random seed=7"),
+            ("one page of each 2 MiB is written", "stride=2m backing=2m"),
+            (
+                "half of the accesses are reads",
+                "write-percent=50 order=random",
+            ),
+            (
+                "everything is dirty at first",
+                "initially-all-set=1 backing=2m",
+            ),
+            ("HPFAR_EL2 is believed", "hpfar=trust"),
+        ];
+        let case = |(name, words): (&str, &str)| {
+            let machine = self.machine(|machine| (machine.cpus, machine.memory_mib) = (3, 4096));
+            let append = format!(
+                "suite=dirty vcpus=2 {MODES} mib={} iterations=3 {words}",
+                self.size.mib
+            );
+            self.case(
+                name,
+                machine,
+                append,
+                Expect::Good(checks::every_mode_completes),
+            )
+        };
+        let mut cases: Vec<Case> = patterns.into_iter().map(case).collect();
+        for suite in ["selftest", "verify"] {
+            let machine = self.machine(|machine| machine.cpus = 4);
+            let append = format!("suite={suite} vcpus=3 mib=2 iterations=1 rounds=2");
+            let name = format!("no debug assertion fails in suite {suite}");
+            let case = self.case(name, machine, append, Expect::Good(checks::ends));
+            cases.push(Case {
+                debug: true,
+                ..case
+            });
         }
         cases
     }
