@@ -144,7 +144,7 @@ impl Program {
         self.rig.clear(cpu, vm, 0, from, to);
     }
 
-    fn next_epoch(&mut self, cpu: usize, vm: &Rc<Vm>) {
+    fn next_epoch(&self, cpu: usize, vm: &Rc<Vm>) {
         if Self::is_logged(vm) {
             self.rig.next_epoch(cpu, vm, 0);
         }
