@@ -1,7 +1,9 @@
 //! The shipped MMU against the oracle: what each entry point promises, with interruptions at every instruction that
 //! another CPU can notice.
 
+use std::cell::Cell;
 use std::collections::BTreeSet;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::rc::Rc;
 
 use vellum::addr::Ipa;
@@ -238,7 +240,7 @@ fn at_each_event(
         }));
         rig.machine.seed(at);
         let vm = prepare(&rig);
-        let seen = Rc::new(std::cell::Cell::new(0));
+        let seen = Rc::new(Cell::new(0));
         let interruptions = {
             let (rig, vm, seen) = (Rc::clone(&rig), Rc::clone(&vm), Rc::clone(&seen));
             Interruptions::new(move |_| {
@@ -256,6 +258,9 @@ fn at_each_event(
         }
     }
 }
+
+/// The marker of a slot between break and make.
+const BUSY: u64 = vellum::mmu::descriptor::Descriptor::BUSY.bits();
 
 /// Modes in which one thread can play a fault in the middle of another CPU's work.
 const NESTING: [Locking; 2] = [Locking::Rwlock, Locking::Lockless];
@@ -399,4 +404,33 @@ fn good_fault_in_the_middle_of_unmap_never_reaches_memory_through_a_conflict() {
             });
         }
     }
+}
+
+#[test]
+fn good_clear_waits_for_a_slot_that_is_being_split() {
+    let rig = Rc::new(Rig::new(Plan::default()));
+    let vm = rig.running_vm(1, Level::L2);
+    rig.write(1, page(3));
+    rig.enable(0, &vm, 0, true);
+    rig.clear(0, &vm, 0, 0, 64);
+    let waited = Rc::new(Cell::new(None));
+    {
+        let (rig, vm, waited) = (Rc::clone(&rig), Rc::clone(&vm), Rc::clone(&waited));
+        fake::observe(Some(Rc::new(move |event| match event {
+            Event::Descriptor { new: BUSY, .. } => {
+                waited.set(Some(false));
+                // One thread cannot let the splitter go on, so the first poll ends the call.
+                let clear = || rig.clear(0, &vm, 0, 64, 128);
+                drop(catch_unwind(AssertUnwindSafe(clear)));
+            }
+            Event::Yield if waited.get() == Some(false) => {
+                waited.set(Some(true));
+                resume_unwind(Box::new(()));
+            }
+            _ => {}
+        })));
+    }
+    rig.write(1, page(3));
+    fake::observe(None);
+    assert_eq!(waited.get(), Some(true));
 }

@@ -180,6 +180,7 @@ pub fn at_s1e1r(va: Va) -> Option<Ipa> {
 
 /// Gives the CPU away for a moment while polling; `YIELD`.
 pub fn yield_now() {
+    execute(Event::Yield, |_| {});
     #[cfg(loom)]
     loom::thread::yield_now();
 }

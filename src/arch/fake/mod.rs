@@ -105,6 +105,8 @@ pub enum Event {
     TlbiVaae1(crate::addr::Va),
     /// `TLBI ALLE1IS`.
     TlbiAlle1is,
+    /// A CPU polls for another.
+    Yield,
     /// VTTBR_EL2 was loaded.
     Vttbr(u64),
     /// A page became a table or ceased to be one.
