@@ -101,7 +101,7 @@ impl Virt {
             fdt.property_u32("#address-cells", 1).unwrap();
             fdt.property_u32("#size-cells", 0).unwrap();
             for cpu in 0..self.cpus {
-                let affinity = cpu / 16 << 8 | cpu % 16;
+                let affinity = ((cpu / 16) << 8) | (cpu % 16);
                 node(fdt, &format!("cpu@{affinity:x}"), |fdt| {
                     fdt.property_string("device_type", "cpu").unwrap();
                     fdt.property_string("enable-method", "psci").unwrap();

@@ -32,10 +32,11 @@ pub(super) fn run() -> Result<Tally> {
             "--no-fail-fast",
         ]);
         models.arg("--target-dir").arg(paths::target("loom"));
-        // Fat LTO would make every model wait for the linker and changes nothing that a model sees.
+        // Fat LTO and debug information make every model wait for the linker and change nothing that it sees.
         models
             .env("CARGO_PROFILE_RELEASE_LTO", "off")
-            .env("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "16");
+            .env("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "16")
+            .env("CARGO_PROFILE_RELEASE_DEBUG", "false");
         models.env("RUSTFLAGS", "--cfg loom");
         tally.add(count(&mut models, "model checks")?);
     } else {
