@@ -1,6 +1,7 @@
 //! A VM with the built-in guest in it: set up, told what to do, and cleared away.
 
 use alloc::format;
+use alloc::string::ToString;
 use alloc::sync::Arc;
 use alloc::vec;
 use alloc::vec::Vec;
@@ -222,6 +223,16 @@ impl Scene {
             )),
             _ => Err(format!("vCPU {vcpu} does not know operation {first}")),
         }
+    }
+
+    /// Has vCPU 0 do what must end its VM, and says in which words it ended.
+    pub(super) fn last_words(self, command: Command) -> Refusal {
+        let words = match self.perform_one(0, command) {
+            Ok(_) => "it goes on".to_string(),
+            Err(words) => words,
+        };
+        self.close();
+        words
     }
 
     /// Reads guest memory.

@@ -4,6 +4,7 @@ use alloc::vec::Vec;
 
 use crate::addr::PAGE_BYTES;
 use crate::guest::abi::op;
+use crate::mmu::Locking;
 use crate::vm::Command;
 
 use super::Refusal;
@@ -33,9 +34,37 @@ pub(super) fn run(stage: &Stage<'_>) -> Result<bool, Refusal> {
             good &= judge(stage, "hostile", &scene, hostile);
             good &= judge(stage, "recorded", &scene, recorded(&scene)?);
             scene.close();
+            good &= judge_ends(stage, locking)?;
         }
     }
     Ok(good)
+}
+
+const PSCI_SYSTEM_OFF: u64 = 0x8400_0008;
+const PSCI_SYSTEM_RESET: u64 = 0x8400_0009;
+
+/// A guest that ends itself ends alone and with a reason, and the next VM is set up after it. 32-bit code at EL0 that reaches
+/// for nothing gets an external abort at its EL1; where the CPU has no AArch32 the guest's ERET is an illegal one.
+fn judge_ends(stage: &Stage<'_>, locking: Locking) -> Result<bool, Refusal> {
+    let ends = [
+        (op::FIRMWARE, PSCI_SYSTEM_OFF, "switched off"),
+        (op::FIRMWARE, PSCI_SYSTEM_RESET, "reset"),
+        (op::AARCH32, 0, "took an exception"),
+    ];
+    let mut failed = 0;
+    for (bit, (op, first, expected)) in ends.into_iter().enumerate() {
+        let words = stage
+            .open(stage.cast(locking, 1))?
+            .last_words(command(op, first));
+        failed |= u64::from(!words.contains(expected)) << bit;
+    }
+    Row::new("selftest", "ends", stage.params.timing.name())
+        .param("vcpus", 1)
+        .word("locking", locking.name())
+        .value("checks", ends.len())
+        .value("failed_mask", failed)
+        .print();
+    Ok(failed == 0)
 }
 
 /// The hostile guest wrote the first two pages of each region, by ordinary, exclusive and page-crossing stores: they and no

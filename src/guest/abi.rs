@@ -34,6 +34,10 @@ pub mod op {
     pub const IPI_SERVE: u64 = 7;
     /// Do what a hostile guest does; x1 first address of a writable page pair. Results as above.
     pub const HOSTILE: u64 = 8;
+    /// Call the firmware with function x1, which is not to return.
+    pub const FIRMWARE: u64 = 10;
+    /// Run 32-bit code at EL0, which no guest is told it may, and reach for memory that is not there.
+    pub const AARCH32: u64 = 11;
     /// Null hypercalls: x1 how many.
     pub const HYPERCALLS: u64 = 9;
 }

@@ -30,6 +30,7 @@ global_asm!(
     device_block = const VALID | DEVICE | ACCESSED | NO_EXECUTE,
     data_block = const VALID | INNER_SHAREABLE | ACCESSED | NO_EXECUTE,
     code_block = const VALID | INNER_SHAREABLE | ACCESSED | READ_ONLY | USER,
+    user = const USER,
     mair = const MAIR,
     tcr = const TCR,
     sctlr = const SCTLR,
@@ -40,6 +41,7 @@ global_asm!(
 unsafe extern "C" {
     fn guest_secondary();
     fn guest_run_el0() -> u64;
+    fn guest_run_aarch32(address: u64) -> !;
 }
 
 const PSCI_CPU_OFF: u64 = 0x8400_0002;
@@ -178,6 +180,12 @@ extern "C" fn guest_fail(esr: u64, elr: u64) -> ! {
 pub(crate) fn hvc_at_el0() -> u64 {
     // SAFETY: The assembly restores what it changes and comes back by its own vector.
     unsafe { guest_run_el0() }
+}
+
+/// Reads `address` at EL0 in AArch32 state: ends this vCPU one way or the other.
+pub(crate) fn run_aarch32(address: u64) -> ! {
+    // SAFETY: The assembly leaves this program for good.
+    unsafe { guest_run_aarch32(address) }
 }
 
 /// Lets interrupts in and waits for one.

@@ -31,6 +31,8 @@ guest_entry:
     add     x5, x5, #1
     cmp     x5, #512
     b.ne    2b
+    orr     x7, x7, #{user}             // the last 2 MiB, where no memory is, are EL0's to reach for
+    str     x7, [x2, #4088]
     dsb     ish
     mov     x0, #0
 
@@ -164,3 +166,16 @@ guest_el0_done:
 guest_el0_hvc:
     hvc     #0
     svc     #0
+
+// x0 = an address. Reads it at EL0 in AArch32; whatever comes of that, this does not return.
+.global guest_run_aarch32
+guest_run_aarch32:
+    adr     x1, 1f
+    msr     elr_el1, x1
+    mov     x1, #0x1d0                  // User mode, A32, all masked
+    msr     spsr_el1, x1
+    isb
+    eret
+.balign 8
+1:  .inst   0xe5901000                  // ldr r1, [r0]
+    .inst   0xef000000                  // svc #0

@@ -63,6 +63,8 @@ fn perform(op: u64, args: [u64; 5]) -> Done {
         op::IPI_SERVE => interrupts::ipi_serve(first),
         op::HOSTILE => hostile::run(first),
         op::HYPERCALLS => hypercalls(first),
+        op::FIRMWARE => Done::ok(asm::hvc(first), 1),
+        op::AARCH32 => asm::run_aarch32(abi::DATA - 0x1000),
         _ => Done {
             status: status::UNKNOWN,
             ticks: 0,
