@@ -52,6 +52,7 @@ global_asm!(
     EXIT_AARCH32 = const Exit::Aarch32 as u64,
 );
 
+// SAFETY: `vectors.S` defines both; `guest_enter` follows the C ABI.
 unsafe extern "C" {
     static vectors: u8;
     fn guest_enter(frame: *mut Frame) -> u64;

@@ -64,28 +64,32 @@ impl Stage2 {
     }
 
     /// Makes the block around `ipa` writable as a whole and records all its pages: what is left when no table can be
-    /// had. Does nothing when the slot holds something else by now.
+    /// had to split it into. False: the slot holds no leaf of writable memory, so nothing was done.
     ///
     /// Rounding: out to the block. Races: everything. TLB: nothing owed; stale read-only entries cost a fault each. Cost: the
     /// block's pages.
-    pub fn write_whole_block(&self, cpu: CpuId, ipa: Ipa) {
+    #[must_use = "false: the guest cannot go on"]
+    pub fn write_whole_block(&self, cpu: CpuId, ipa: Ipa) -> bool {
         let active = self.services.quiescence.enter(cpu);
         let context = self.context.load(&active);
         let _guard = self.lock.share();
         let Some(at) = context.root.walk(ipa, &active) else {
-            return;
+            return false;
         };
-        let Some(view) = context.tagged(at.found.tag()) else {
-            return;
+        if at.found == Descriptor::BUSY {
+            // Some CPU is between break and make: the guest's next try finds what it made.
+            return true;
+        }
+        let view = context.tagged(at.found.tag());
+        let Some(view) =
+            view.filter(|view| at.found.is_leaf(at.level) && view.slot.config.writable)
+        else {
+            return false;
         };
-        let eligible = at.found.is_leaf(at.level) && view.slot.config.writable;
-        if eligible
-            && at
-                .slot
-                .compare_and_swap(at.found, at.found.writable().young())
-                .is_ok()
-        {
+        let writable = at.found.writable().young();
+        if at.slot.compare_and_swap(at.found, writable).is_ok() {
             record(view, ipa, at.level, cpu);
         }
+        true
     }
 }

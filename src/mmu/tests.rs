@@ -176,7 +176,8 @@ fn a_block_without_a_table_to_split_into_counts_as_written_whole() {
     let slot = stage2.add_slot(ram(Level::L2)).unwrap();
     touch(&stage2, 0, Access::Read);
     stage2.enable_logging(CPU, slot, false).unwrap();
-    stage2.write_whole_block(CPU, Ipa::new(BASE + 0x5000));
+    assert!(stage2.write_whole_block(CPU, Ipa::new(BASE + 0x5000)));
+    assert!(!stage2.write_whole_block(CPU, Ipa::new(BASE + BLOCK)));
     assert_eq!(dirty(&stage2, slot).len(), 512);
     assert_eq!(leaves(&stage2), [(0, Level::L2, true)]);
     assert_eq!(clear_all(&stage2, slot).len(), 512);

@@ -154,7 +154,8 @@ impl Resident<'_> {
     }
 
     pub(crate) fn top_up(&self) {
-        if self.vm.stage2.top_up(self.cpu).is_err() {
+        let stage2 = &self.vm.stage2;
+        if stage2.top_up(self.cpu).is_err() && !stage2.write_whole_block(self.cpu, self.fault_ipa) {
             self.halt(StopReason::NoMemory);
         }
     }

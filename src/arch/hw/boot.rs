@@ -110,6 +110,7 @@ global_asm!(
 const _: () =
     assert!(core::mem::offset_of!(Launch, block) == core::mem::offset_of!(Launch, stack_top) + 8);
 
+// SAFETY: The linker script places these symbols and `boot.S` defines the functions with these arguments.
 unsafe extern "C" {
     static image_start: u8;
     static image_code_end: u8;

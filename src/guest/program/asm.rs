@@ -38,6 +38,7 @@ global_asm!(
     vectors_on = const 0b11 << 20 | 0b11 << 16,
 );
 
+// SAFETY: `entry.S` defines these functions with these arguments.
 unsafe extern "C" {
     fn guest_secondary();
     fn guest_run_el0() -> u64;
