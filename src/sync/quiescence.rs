@@ -79,6 +79,7 @@ impl Domain {
         debug_assert!(count & 1 == 0, "sections do not nest");
         mark.0.store(count.wrapping_add(1), Ordering::Relaxed);
         fence(Ordering::SeqCst);
+        arch::note_section(true);
         Active { mark }
     }
 
@@ -101,6 +102,7 @@ impl Domain {
 impl Drop for Active<'_> {
     #[inline]
     fn drop(&mut self) {
+        arch::note_section(false);
         let count = self.mark.0.load(Ordering::Relaxed);
         self.mark.0.store(count.wrapping_add(1), Ordering::Release);
     }

@@ -5,6 +5,8 @@
 //! judged by itself.
 #![cfg(not(loom))]
 
+mod batching;
+mod collapsing;
 mod machine;
 mod making;
 mod protecting;
@@ -100,9 +102,14 @@ pub(crate) fn invalidate(ipa: Ipa) {
 
 /// Fills the level-3 table, which hangs nowhere yet, with what the block said.
 pub(crate) fn build_level3(bits: u64) {
-    begin(LEVEL3);
+    build_table(LEVEL3, HOST, bits);
+}
+
+/// Begins the level-3 table `at` and fills it with the pages from `to`.
+pub(crate) fn build_table(at: u64, to: u64, bits: u64) {
+    begin(at);
     for index in 0..512 {
-        store(LEVEL3 + index * 8, 0, page(HOST + index * 0x1000, bits));
+        store(at + index * 8, 0, page(to + index * 0x1000, bits));
     }
 }
 

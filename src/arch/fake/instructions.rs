@@ -198,3 +198,13 @@ pub fn note_descriptor(slot: Pa, old: u64, new: u64) {
     let event = Event::Descriptor { slot, old, new };
     execute(event, |state| state.note_descriptor(slot.raw(), old, new));
 }
+
+/// Tells the machine that software of this CPU enters a section, in which it may refer to tables, or leaves one. Nothing
+/// on hardware.
+pub fn note_section(entered: bool) {
+    if let Some(machine) = machine() {
+        let mut state = machine.state.borrow_mut();
+        let cpu = state.current;
+        state.walkers.note(cpu, entered);
+    }
+}

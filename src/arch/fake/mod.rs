@@ -14,6 +14,7 @@
 //! | `descriptor` | what hardware makes of 64 bits, written independently of `mmu::descriptor` |
 //! | `memory` | tables, their descriptors and where they hang |
 //! | `tlb` | what may still be cached although memory says otherwise |
+//! | `walkers` | what software may still look at although it hangs nowhere |
 //! | `state` | what barriers, invalidations and stores do to all that |
 //! | `guest` | what may come of a guest's access |
 //! | `oracle` | what is a violation |
@@ -41,6 +42,7 @@ mod oracle;
 mod random;
 mod state;
 mod tlb;
+mod walkers;
 pub mod world;
 
 pub use guest::{Abort, Access, FaultKind, Outcome, STAGE1_OFFSET, ipa_of, va_of};
@@ -168,9 +170,8 @@ impl Machine {
     /// Runs `work` as software of `cpu`. Nests: what a CPU does in the middle of another's work.
     pub fn on<R>(&self, cpu: usize, work: impl FnOnce() -> R) -> R {
         let before = core::mem::replace(&mut self.0.state.borrow_mut().current, cpu);
-        let result = work();
-        self.0.state.borrow_mut().current = before;
-        result
+        let _back = Back(&self.0, before);
+        work()
     }
 
     /// The CPU whose software runs.
@@ -270,6 +271,15 @@ impl Machine {
             .borrow_mut()
             .replace(Vec::new())
             .unwrap_or_default()
+    }
+}
+
+/// Goes back to the CPU that ran before, also when the work in between ends in a panic.
+struct Back<'m>(&'m Inner, usize);
+
+impl Drop for Back<'_> {
+    fn drop(&mut self) {
+        self.0.state.borrow_mut().current = self.1;
     }
 }
 

@@ -50,6 +50,11 @@ pub enum Violation {
         /// The table.
         table: Pa,
     },
+    /// A table was given up while software that walked to it before it was unlinked may still look at it.
+    TableFreedInGracePeriod {
+        /// The table.
+        table: Pa,
+    },
     /// A page became a table while a hardware walker may still take it for its former self.
     TableReusedWhileWalkable {
         /// The table.
@@ -110,6 +115,8 @@ pub enum Change {
     Size,
     /// The table that a descriptor leads to.
     TableAddress,
+    /// A block and the table that replaces it, or the reverse, translate this address differently.
+    Contents,
 }
 
 impl fmt::Display for Violation {

@@ -8,8 +8,9 @@ use std::vec::Vec;
 use super::Features;
 use super::descriptor::{Leaf, Meaning, decode, span_bytes};
 use super::memory::{Home, Place, Tables, Up};
-use super::oracle::{Violation, needs_break};
+use super::oracle::{Change, Violation, needs_break};
 use super::tlb::{ALL_CPUS, Cause, Cpus, Order, Scope, StaleLeaf, StaleTable, Tlb};
+use super::walkers::Walkers;
 use crate::addr::{Ipa, Pa};
 
 const PAGE_BYTES: u64 = 0x1000;
@@ -52,6 +53,7 @@ pub(super) struct State {
     pub(super) current: usize,
     pub(super) memory: Tables,
     pub(super) tlb: Tlb,
+    pub(super) walkers: Walkers,
     contexts: BTreeMap<u16, Context>,
     formers: Vec<Former>,
     pub(super) violations: Vec<Violation>,
@@ -78,6 +80,7 @@ impl State {
             current: 0,
             memory: Tables::default(),
             tlb: Tlb::default(),
+            walkers: Walkers::new(cpus),
             contexts: BTreeMap::new(),
             formers: Vec::new(),
             violations: Vec::new(),
@@ -243,6 +246,9 @@ impl State {
             }
             return;
         }
+        if self.walkers.end(table) {
+            self.report(Violation::TableFreedInGracePeriod { table: pa });
+        }
         if !self.memory.is_live(table) {
             self.report(Violation::TableLifeConfused { table: pa });
         } else if !self.reachers(table).is_empty() {
@@ -316,6 +322,13 @@ impl State {
                 },
             );
         }
+        if let Meaning::Table(child) = old
+            && old != new
+        {
+            for (table, ..) in self.memory.subtree(child, level + 1, ipa) {
+                self.walkers.unlink(table);
+            }
+        }
         let reachers = self.reachers(table);
         if reachers.is_empty() || old == new {
             return;
@@ -326,6 +339,7 @@ impl State {
                 changed,
             });
         }
+        self.judge_size(&slot, &old, &new);
         for (vmid, cpus) in reachers {
             if !old.is_cacheable() {
                 self.judge_make(vmid, slot, &new);
@@ -338,6 +352,25 @@ impl State {
             raw: old_raw,
             sees_new: 0,
         });
+    }
+
+    /// A block and a table that replace each other in one step must lead to the same memory.
+    fn judge_size(&mut self, slot: &Slot, old: &Meaning, new: &Meaning) {
+        let (block, child) = match (*old, *new) {
+            (Meaning::Leaf(block), Meaning::Table(child))
+            | (Meaning::Table(child), Meaning::Leaf(block)) => (block, child),
+            _ => return,
+        };
+        let leaves = self.memory.leaves(child, slot.level + 1, slot.ipa);
+        let other = leaves
+            .iter()
+            .find(|at| at.leaf.young && !at.leaf.agrees(at.ipa, &block, slot.ipa));
+        if let Some(ipa) = other.map(|at| at.ipa).filter(|_| block.young) {
+            self.report(Violation::BreakBeforeMake {
+                ipa: Ipa::new(ipa),
+                changed: Change::Contents,
+            });
+        }
     }
 
     /// What was reachable through `slot` and is no longer becomes stale.

@@ -35,6 +35,10 @@ use crate::addr::Pa;
 #[inline]
 pub fn note_table(_table: Pa, _live: bool) {}
 
+/// Tells the machine that this CPU enters a section or leaves one. Nothing here: the host's oracle listens to it.
+#[inline]
+pub fn note_section(_entered: bool) {}
+
 /// Tells the machine that a descriptor changed. Nothing here: the host's oracle listens to it.
 #[inline]
 pub fn note_descriptor(_slot: Pa, _old: u64, _new: u64) {}
