@@ -26,8 +26,12 @@ pub enum Event {
     TlbiBroadcast,
     /// Broadcast invalidations of a range (FEAT_TLBIRANGE).
     TlbiRange,
-    /// Broadcast invalidations of a whole VMID.
+    /// Broadcast invalidations of a whole VMID, both stages and walk caches (`VMALLS12E1IS`).
     TlbiVmid,
+    /// Broadcast invalidations of one address of stage 2 (`IPAS2E1IS`).
+    TlbiIpa,
+    /// Broadcast invalidations of everything that combines both stages, of a whole VMID (`VMALLE1IS`).
+    TlbiStage1,
     /// Stores to live stage-2 descriptors.
     DescriptorWrites,
     /// Acquisitions of a VM's MMU lock, either side.
@@ -40,6 +44,8 @@ pub enum Event {
     Kicks,
     /// Blocks replaced by tables.
     Splits,
+    /// Tables replaced by blocks.
+    Collapses,
     /// Times a slot was left without translation for a moment (break-before-make).
     BbmWindows,
     /// Faults that met a busy slot and went back to the guest to retry.
@@ -62,12 +68,15 @@ pub const EVENT_NAMES: [(Event, &str); EVENTS] = [
     (Event::TlbiBroadcast, "tlbi_broadcast"),
     (Event::TlbiRange, "tlbi_range"),
     (Event::TlbiVmid, "tlbi_vmid"),
+    (Event::TlbiIpa, "tlbi_ipa"),
+    (Event::TlbiStage1, "tlbi_stage1"),
     (Event::DescriptorWrites, "descriptor_writes"),
     (Event::LockAcquired, "lock_acquired"),
     (Event::LockContended, "lock_contended"),
     (Event::LockSpins, "lock_spins"),
     (Event::Kicks, "kicks"),
     (Event::Splits, "splits"),
+    (Event::Collapses, "collapses"),
     (Event::BbmWindows, "bbm_windows"),
     (Event::BusyRetries, "busy_retries"),
     (Event::Exits, "exits"),

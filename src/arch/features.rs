@@ -47,6 +47,8 @@ pub struct Features {
     pub hardware_dirty: bool,
     /// FEAT_BBM level: what may change without break-before-make.
     pub bbm: u32,
+    /// A core known not to raise TLB conflict aborts where FEAT_BBM level 2 permits them.
+    pub bbm_without_conflicts: bool,
     /// FEAT_TLBIRANGE.
     pub tlbi_range: bool,
     /// FEAT_TTL: invalidations may name a level.
@@ -112,6 +114,7 @@ impl Features {
             hardware_access_flag: field(id.mmfr1, 0) >= 1,
             hardware_dirty: field(id.mmfr1, 0) >= 2,
             bbm: field(id.mmfr2, 52),
+            bbm_without_conflicts: never_conflicts(id.midr),
             tlbi_range: field(id.isar0, 56) >= 2,
             ttl: field(id.mmfr2, 48) >= 1,
             fwb: field(id.mmfr2, 40) >= 1,
@@ -144,6 +147,7 @@ impl Features {
             hardware_access_flag: self.hardware_access_flag && other.hardware_access_flag,
             hardware_dirty: self.hardware_dirty && other.hardware_dirty,
             bbm: self.bbm.min(other.bbm),
+            bbm_without_conflicts: self.bbm_without_conflicts && other.bbm_without_conflicts,
             tlbi_range: self.tlbi_range && other.tlbi_range,
             ttl: self.ttl && other.ttl,
             fwb: self.fwb && other.fwb,
@@ -195,6 +199,32 @@ impl Features {
     }
 }
 
+/// Whether the core with this MIDR_EL1 implements FEAT_BBM level 2 without raising TLB conflict aborts, which may surface
+/// at stage 1, inside the guest. ID_AA64MMFR2_EL1.BBM promises no such thing, so cores are listed: those that Linux trusts
+/// with its own tables (`BBML2_NOABORT`, 2026).
+pub const fn never_conflicts(midr: u64) -> bool {
+    /// Implementer, part, and the first variant and revision, as in MIDR_EL1\[23:20\] and \[3:0\].
+    const CORES: [(u64, u64, u64); 6] = [
+        (0x41, 0xd82, 0x03), // Cortex-X4 from r0p3
+        (0x41, 0xd84, 0x02), // Neoverse-V3 from r0p2
+        (0x41, 0xd83, 0x02), // Neoverse-V3AE from r0p2
+        (0x4e, 0x010, 0x00), // Olympus
+        (0xc0, 0xac3, 0x00), // AmpereOne
+        (0xc0, 0xac4, 0x00), // AmpereOne A
+    ];
+    let (implementer, part) = (midr >> 24 & 0xff, midr >> 4 & 0xfff);
+    let revision = (midr >> 20 & 0xf) << 4 | midr & 0xf;
+    let mut index = 0;
+    while index < CORES.len() {
+        let (known_implementer, known_part, first) = CORES[index];
+        if implementer == known_implementer && part == known_part {
+            return revision >= first;
+        }
+        index += 1;
+    }
+    false
+}
+
 /// The name of the CPU with this MIDR_EL1, as QEMU's `-cpu` spells it; `None` when it is not known here.
 pub const fn cpu_name(midr: u64) -> Option<&'static str> {
     const ARM: u64 = 0x41;
@@ -215,7 +245,7 @@ pub const fn cpu_name(midr: u64) -> Option<&'static str> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Features, IdRegisters, cpu_name};
+    use super::{Features, IdRegisters, cpu_name, never_conflicts};
 
     /// Neoverse N1 r3p1, from its reference manual.
     const N1: IdRegisters = IdRegisters {
@@ -232,6 +262,21 @@ mod tests {
         mmfr2: 0x1011,
         mmfr3: 0,
     };
+
+    #[test]
+    fn only_listed_cores_from_their_first_good_revision_never_conflict() {
+        for (midr, never) in [
+            (0x410f_d823, true),
+            (0x410f_d822, false),
+            (0x411f_d820, true),
+            (0x410f_d842, true),
+            (0xc00f_ac30, true),
+            (N1.midr, false),
+            (0x0000_0510, false),
+        ] {
+            assert_eq!(never_conflicts(midr), never, "{midr:#x}");
+        }
+    }
 
     #[test]
     fn neoverse_n1_is_decoded_as_its_manual_says() {

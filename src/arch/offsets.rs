@@ -6,4 +6,4 @@
 pub const EMERGENCY_STACK_TOP: usize = 0;
 
 /// The counter of [`crate::trace::Event::Exits`] in `CpuBlock::counters`.
-pub const EXITS: usize = 128 + 8 * 15;
+pub const EXITS: usize = 128 + 8 * 18;

@@ -64,7 +64,7 @@ fn case(stage: &Stage<'_>, cast: Cast) -> Result<bool, Refusal> {
     for number in 1..=params.iterations {
         iterations.push(iterate(params, &scene, number)?);
     }
-    let (disabled, disable_ns) = timed(|| scene.stage2().disable_logging(scene.data));
+    let (disabled, disable_ns) = timed(|| scene.stage2().disable_logging(cpu(), scene.data));
     disabled.map_err(failed)?;
     let last = scene.perform(|vcpu| pass(params, &scene, vcpu, params.iterations + 1, 0))?;
     scene.perform(|vcpu| Command {

@@ -10,7 +10,9 @@ use core::fmt::Display;
 use crate::addr::{Ipa, PAGE_BYTES, to_index};
 use crate::guest::abi::{self, op, status};
 use crate::mem::{self, frames};
-use crate::mmu::{Contents, Extent, Level, Locking, Memory, PageSet, SlotConfig, SlotId, Stage2};
+use crate::mmu::{
+    Contents, Extent, Level, Locking, Memory, PageSet, SlotConfig, SlotId, Splitting, Stage2,
+};
 use crate::sync::percpu;
 use crate::sync::quiescence::CpuId;
 use crate::vm::{Command, Host, Vm, VmConfig};
@@ -79,6 +81,7 @@ impl Stage<'_> {
         let config = VmConfig {
             vcpus: cast.vcpus,
             locking: cast.locking,
+            splitting: Splitting::default(),
             trust_hpfar: self.params.trust_hpfar,
             entry: Ipa::new(abi::IMAGE),
         };

@@ -20,6 +20,9 @@ pub const MOST_CPUS_GICV2: usize = 8;
 /// RAM below this cannot hold hypervisor, controller and one guest.
 pub const LEAST_RAM_BYTES: u64 = 128 << 20;
 
+/// Name of the emulated machine.
+pub const QEMU_VIRT: &str = "qemu-virt";
+
 /// Affinity fields of MPIDR_EL1.
 const AFFINITY: u64 = 0xff_00ff_ffff;
 
@@ -231,7 +234,7 @@ fn board(tree: &Tree<'_>) -> String {
         .and_then(|it| it.string("compatible"))
         .unwrap_or("unknown");
     let known = [
-        ("linux,dummy-virt", "qemu-virt"),
+        ("linux,dummy-virt", QEMU_VIRT),
         ("raspberrypi,4-model-b", "rpi4"),
     ];
     known

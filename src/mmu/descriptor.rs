@@ -271,6 +271,30 @@ impl Descriptor {
     pub const fn old(self) -> Self {
         Self(self.0 & !YOUNG)
     }
+
+    /// The same leaf, leading `bytes` further: the next one of a table whose leaves are contiguous.
+    #[inline]
+    pub const fn further(self, bytes: u64) -> Self {
+        Self(self.0 + bytes)
+    }
+
+    /// The same leaf, held still by software: hardware translates by it as before, other software waits.
+    #[inline]
+    pub const fn frozen(self) -> Self {
+        Self(self.0 | FROZEN)
+    }
+
+    /// The same leaf, no longer held still.
+    #[inline]
+    pub const fn thawed(self) -> Self {
+        Self(self.0 & !FROZEN)
+    }
+
+    /// Whether software other than who put it here may not change this: a slot in the middle of a structural change.
+    #[inline]
+    pub const fn is_held(self) -> bool {
+        self.0 == BUSY || self.0 & (VALID | FROZEN) == VALID | FROZEN
+    }
 }
 
 impl fmt::Debug for Descriptor {

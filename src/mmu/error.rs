@@ -3,6 +3,7 @@
 use core::fmt;
 
 use crate::addr::Ipa;
+use crate::mmu::bbm::MOST_BATCH;
 
 /// A refusal of an MMU entry point.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -21,6 +22,12 @@ pub enum Error {
     AlreadyLogging,
     /// Logging is not enabled on the slot.
     NotLogging,
+    /// A chunk of splitting that is not a block size.
+    BadChunk(u64),
+    /// A batch of splitting that is not 1 to [`MOST_BATCH`](crate::mmu::bbm::MOST_BATCH) blocks.
+    BadBatch(usize),
+    /// Policy `fault-empty` unmaps pages that are in use, so the slot must keep what its pages hold.
+    MustKeep,
     /// No memory is mapped or mappable at the address.
     NotMemory(Ipa),
 }
@@ -38,6 +45,17 @@ impl fmt::Display for Error {
             Self::NotLoggable => f.write_str("only writable memory can be logged"),
             Self::AlreadyLogging => f.write_str("logging is already enabled"),
             Self::NotLogging => f.write_str("logging is not enabled"),
+            Self::BadChunk(bytes) => write!(
+                f,
+                "a chunk of {bytes:#x} bytes is not a block size: 2 MiB or 1 GiB"
+            ),
+            Self::BadBatch(blocks) => write!(
+                f,
+                "a batch of {blocks} blocks is not one of 1 to {MOST_BATCH}"
+            ),
+            Self::MustKeep => f.write_str(
+                "policy fault-empty unmaps pages in use; it needs a slot that keeps their contents",
+            ),
             Self::NotMemory(ipa) => write!(f, "no memory at {ipa}"),
         }
     }

@@ -6,7 +6,7 @@
 //!     leaf, old ............................... set the access flag
 //!     leaf, read-only, write .................. page: make writable, then record it; block while logging: split
 //!     empty ................................... map, from the slot's backing
-//!     busy .................................... back to the guest, which retries
+//!     busy, or a leaf that is frozen .......... back to the guest, which retries
 //! ```
 //!
 //! What the hardware reported decides only which access is judged, never what is done: between the fault and the walk
@@ -171,6 +171,7 @@ impl Stage2 {
         match (permitted, at.found.is_young()) {
             (false, _) => Attempt::Give(Resolution::Denied),
             (true, true) => Attempt::Stale,
+            (true, false) if at.found.is_frozen() => retry(),
             (true, false) => set_leaf(at.slot, at.found, at.found.young()),
         }
     }
@@ -184,6 +185,9 @@ impl Stage2 {
         at: &Position<'_>,
         active: &Active<'_>,
     ) -> Attempt {
+        if at.found.is_frozen() {
+            return retry();
+        }
         let Some(view) = context.tagged(at.found.tag()) else {
             return Attempt::Give(Resolution::Denied);
         };
@@ -225,8 +229,7 @@ impl Stage2 {
         active: &Active<'_>,
     ) -> Attempt {
         if at.found == Descriptor::BUSY {
-            percpu::count(Event::BusyRetries);
-            return Attempt::Done;
+            return retry();
         }
         let attempt = self.map_at(cpu, context, fault.ipa, fault.access, active);
         if matches!(attempt, Attempt::Done) {
@@ -235,6 +238,13 @@ impl Stage2 {
         }
         attempt
     }
+}
+
+/// The slot is being replaced (rules 9 and 27): back to the guest, whose next try finds what came of it.
+#[cold]
+fn retry() -> Attempt {
+    percpu::count(Event::BusyRetries);
+    Attempt::Done
 }
 
 /// Changes a leaf that only becomes more permissive, or young.

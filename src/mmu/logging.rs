@@ -5,7 +5,7 @@
 //!   fault  ── leaf writable ── set the page's bit                              (any CPU, any time)
 //!   get    ── read the bits
 //!   clear  ── take the bits ── protect those leaves ── invalidate ── return: now the caller may copy
-//!   disable ─ publish without the log ── grace period
+//!   disable ─ publish without the log ── grace period ── collapse ── make writable
 //! ```
 //!
 //! The invariant: *while a slot is logged, a page whose leaf is writable, or may be cached as writable, has its bit set, or
@@ -18,15 +18,20 @@
 
 use alloc::sync::Arc;
 
-use crate::addr::Ipa;
+use core::ops::Range;
+
+use crate::addr::{Ipa, to_index};
 use crate::arch;
 use crate::mmu::bitmap::{Bitmap, GROUP_PAGES, WORD_PAGES};
+use crate::mmu::collapse::Collapse;
 use crate::mmu::descriptor::Memory;
 use crate::mmu::error::Error;
 use crate::mmu::geometry::Level;
 use crate::mmu::pages::PageSet;
 use crate::mmu::protect::{Busy, protect_slot};
-use crate::mmu::slot::{MemorySlot, SlotId};
+use crate::mmu::slot::{Contents, MemorySlot, SlotId};
+use crate::mmu::split::Split;
+use crate::mmu::splitting::Policy;
 use crate::mmu::stage2::Stage2;
 use crate::mmu::tlb::Debt;
 use crate::mmu::walk::table_of;
@@ -69,18 +74,20 @@ impl Stage2 {
     /// From the return of this call on, every page of the slot that is written is recorded. With `initially_all_set`
     /// nothing is protected: every page counts as written until it is first cleared.
     ///
+    /// With policy `enable` every block of the slot is split then; the answer says which were not, for want of frames.
+    ///
     /// Rounding: none. Races: faults, which record from some moment during the call on. TLB: nothing owed on return. Cost: a
-    /// grace period; without `initially_all_set` one visit of every leaf and one invalidation of the VMID.
+    /// grace period; without `initially_all_set` one visit of every leaf and one invalidation of the VMID; the splitting.
     ///
     /// # Errors
     ///
-    /// [`Error::NoSlot`], [`Error::NotLoggable`], [`Error::AlreadyLogging`].
+    /// [`Error::NoSlot`], [`Error::NotLoggable`], [`Error::AlreadyLogging`], [`Error::MustKeep`].
     pub fn enable_logging(
         &self,
         cpu: CpuId,
         id: SlotId,
         initially_all_set: bool,
-    ) -> Result<(), Error> {
+    ) -> Result<Split, Error> {
         let mut admin = self.admin.lock();
         let entry = admin.slot(id)?;
         if entry.log.is_some() {
@@ -88,6 +95,11 @@ impl Stage2 {
         }
         if entry.slot.config.memory != Memory::Normal || !entry.slot.config.writable {
             return Err(Error::NotLoggable);
+        }
+        if self.splitting.policy == Policy::FaultEmpty
+            && entry.slot.config.contents == Contents::Zero
+        {
+            return Err(Error::MustKeep);
         }
         let slot = entry.slot.clone();
         let log = SlotLog::new(slot.pages, self.services.quiescence.cpus());
@@ -102,21 +114,34 @@ impl Stage2 {
             self.protect_all(cpu, &slot, &mut debt);
             debt.pay();
         }
-        Ok(())
+        drop(admin);
+        Ok(match self.splitting.policy {
+            Policy::Enable => self.split_span(cpu, slot.config.ipa, slot.end()),
+            _ => Split::default(),
+        })
     }
 
-    /// Stops recording. Pages that were read-only become writable again as they are written.
+    /// Stops recording, and leaves the slot as it was before: tables that translate a whole block become blocks again,
+    /// what was read-only becomes writable.
     ///
-    /// Rounding: none. Races: faults; none records any more on return. TLB: nothing owed. Cost: a grace period.
+    /// Rounding: none. Races: faults; none records any more once the grace period is over. TLB: nothing owed. Cost: a grace
+    /// period, then every leaf once; see [`Stage2::collapse`].
     ///
     /// # Errors
     ///
     /// [`Error::NoSlot`], [`Error::NotLogging`].
-    pub fn disable_logging(&self, id: SlotId) -> Result<(), Error> {
-        let mut admin = self.admin.lock();
-        admin.slot(id)?.log.take().ok_or(Error::NotLogging)?;
-        self.publish(&admin);
-        Ok(())
+    pub fn disable_logging(&self, cpu: CpuId, id: SlotId) -> Result<Collapse, Error> {
+        let slot = {
+            let mut admin = self.admin.lock();
+            let entry = admin.slot(id)?;
+            entry.log.take().ok_or(Error::NotLogging)?;
+            let slot = entry.slot.clone();
+            self.publish(&admin);
+            slot
+        };
+        let done = self.collapse_span(cpu, id, &slot, slot.config.ipa, slot.end());
+        self.relax_all(cpu, id, &slot);
+        Ok(done)
     }
 
     /// Adds the pages recorded in the current epoch to `into` and takes nothing.
@@ -135,6 +160,8 @@ impl Stage2 {
 
     /// Takes the pages recorded in `[from, to)` of the slot into `into` and makes them read-only. When it returns, what
     /// was written to them before is in memory and what is written later is recorded again: the caller may copy them.
+    /// With policy `clear` the blocks that these pages are part of are split; the answer says which were not, for want of
+    /// frames.
     ///
     /// Rounding: none; `from` and `to` are multiples of 64 pages, or `to` is the slot's end. Races: faults, splits, and other
     /// clears, whose invalidation is joined. TLB: nothing owed on return. Cost: the pages recorded.
@@ -149,26 +176,47 @@ impl Stage2 {
         from: u64,
         to: u64,
         into: &mut PageSet,
-    ) -> Result<(), Error> {
+    ) -> Result<Split, Error> {
         let (slot, bitmap) = self.logged(id)?;
-        let aligned =
-            from.is_multiple_of(WORD_PAGES) && (to.is_multiple_of(WORD_PAGES) || to == slot.pages);
-        if from >= to || to > slot.pages || !aligned {
-            return Err(Error::BadRange(
-                slot.ipa_of(from.min(slot.pages)),
-                to.saturating_sub(from),
-            ));
+        slot.check_range(from, to)?;
+        if self.splitting.policy != Policy::Clear {
+            self.clear_groups(cpu, &slot, &bitmap, from..to, into);
+            return Ok(Split::default());
         }
+        let mut done = Split::default();
+        let bytes = self.splitting.chunk_bytes;
+        self.by_chunk(bytes, slot.ipa_of(from), slot.ipa_of(to), |from, to| {
+            let pages = slot.page_of(from)..slot.page_of(to);
+            let touched = self.clear_groups(cpu, &slot, &bitmap, pages, into);
+            for run in touched.runs() {
+                let (from, to) = (slot.ipa_of(run.start), slot.ipa_of(run.end));
+                done += self.split_span(cpu, from, to);
+            }
+        });
+        Ok(done)
+    }
+
+    /// Takes, protects and invalidates the pages recorded in `pages`, and says in which groups there were any.
+    fn clear_groups(
+        &self,
+        cpu: CpuId,
+        slot: &MemorySlot,
+        bitmap: &Bitmap,
+        pages: Range<u64>,
+        into: &mut PageSet,
+    ) -> Touched {
+        let mut touched = Touched::of(pages.clone());
         let mut debt = Debt::open(self, cpu);
-        let mut at = from;
-        while let Some(group) = bitmap.next_group(at, to) {
-            let start = group.max(from);
-            let end = (group + GROUP_PAGES).min(to);
-            self.clear_group(cpu, &slot, &bitmap, start, end, into, &mut debt);
+        let mut at = pages.start;
+        while let Some(group) = bitmap.next_group(at, pages.end) {
+            let start = group.max(pages.start);
+            let end = (group + GROUP_PAGES).min(pages.end);
+            self.clear_group(cpu, slot, bitmap, start, end, into, &mut debt);
+            touched.add(start);
             at = group + GROUP_PAGES;
         }
         debt.pay();
-        Ok(())
+        touched
     }
 
     /// Closes the current epoch and opens the next: from some moment during the call on writes are recorded in the next
@@ -278,6 +326,60 @@ impl Stage2 {
             }
         }
         Ok(())
+    }
+}
+
+/// Groups of up to [`TOUCHED_GROUPS`] of which something was taken: of fixed size, whatever the range.
+struct Touched {
+    pages: Range<u64>,
+    groups: [u64; TOUCHED_GROUPS / 64],
+}
+
+/// Groups of the largest chunk, and one more for a slot that is not aligned to them.
+const TOUCHED_GROUPS: usize = 576;
+
+const _: () = assert!(TOUCHED_GROUPS as u64 > Level::L1.span_pages() / GROUP_PAGES);
+
+impl Touched {
+    fn of(pages: Range<u64>) -> Self {
+        Self {
+            pages,
+            groups: [0; TOUCHED_GROUPS / 64],
+        }
+    }
+
+    fn place(&self, page: u64) -> (usize, u64) {
+        let group = page / GROUP_PAGES - self.pages.start / GROUP_PAGES;
+        (to_index(group / 64), 1 << (group % 64))
+    }
+
+    fn add(&mut self, page: u64) {
+        let (word, bit) = self.place(page);
+        if let Some(word) = self.groups.get_mut(word) {
+            *word |= bit;
+        }
+    }
+
+    fn has(&self, page: u64) -> bool {
+        let (word, bit) = self.place(page);
+        self.groups.get(word).is_some_and(|word| word & bit != 0)
+    }
+
+    /// The longest ranges of pages whose groups were all touched.
+    fn runs(&self) -> impl Iterator<Item = Range<u64>> {
+        let next = |page: u64| (page / GROUP_PAGES + 1) * GROUP_PAGES;
+        let end = self.pages.end;
+        let mut at = self.pages.start;
+        core::iter::from_fn(move || {
+            while at < end && !self.has(at) {
+                at = next(at);
+            }
+            let start = at;
+            while at < end && self.has(at) {
+                at = next(at);
+            }
+            (start < end).then(|| start..at.min(end))
+        })
     }
 }
 

@@ -9,6 +9,7 @@
 
 pub mod bbm;
 pub mod bitmap;
+pub mod collapse;
 pub mod descriptor;
 pub mod error;
 pub mod fault;
@@ -21,7 +22,8 @@ pub mod pages;
 mod pool;
 mod protect;
 pub mod slot;
-mod split;
+pub mod split;
+pub mod splitting;
 pub mod stage2;
 pub mod table;
 pub mod tlb;
@@ -32,6 +34,7 @@ mod walk;
 #[cfg(all(test, not(loom)))]
 mod tests;
 
+pub use collapse::Collapse;
 pub use descriptor::{Format, Memory};
 pub use error::Error;
 pub use fault::{Access, Fault, FaultKind, Resolution};
@@ -39,6 +42,8 @@ pub use geometry::{Level, Shape};
 pub use lock::Locking;
 pub use pages::PageSet;
 pub use slot::{Contents, Extent, SlotConfig, SlotId};
+pub use split::Split;
+pub use splitting::{Bbm, Policy, Splitting};
 pub use stage2::{Config, Services, Stage2};
 pub use tlb::TlbFeatures;
 pub use vmid::VmidAllocator;

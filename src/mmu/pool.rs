@@ -15,6 +15,7 @@ use crate::arch;
 use crate::mem::TableFrames;
 use crate::mmu::descriptor::Descriptor;
 use crate::mmu::error::Error;
+use crate::mmu::geometry::Level;
 use crate::mmu::table::{Slot, Table, table_at};
 use crate::sync::mutex::Mutex;
 use crate::sync::quiescence::{Active, CpuId, Domain};
@@ -97,8 +98,12 @@ impl TablePool {
 }
 
 impl SpareTable {
-    /// Writes all 512 descriptors.
-    pub(crate) fn fill(&self, active: &Active<'_>, descriptor: impl Fn(usize) -> Descriptor) {
+    /// Writes all 512 descriptors, in order.
+    pub(crate) fn fill(
+        &self,
+        active: &Active<'_>,
+        mut descriptor: impl FnMut(usize) -> Descriptor,
+    ) {
         arch::note_table(self.0, true);
         // SAFETY: The frame belongs to this table alone and holds no live object; a table of atomics is valid whatever
         // its bytes are.
@@ -117,6 +122,64 @@ impl SpareTable {
     pub(crate) fn abandon(self) -> Self {
         arch::note_table(self.0, false);
         self
+    }
+}
+
+/// Frames of one splitting call, reserved outside locks and sections and given back at its end.
+pub(crate) struct Spares<'f> {
+    frames: &'f dyn TableFrames,
+    tables: Vec<Pa>,
+}
+
+impl<'f> Spares<'f> {
+    /// No frame yet.
+    pub(crate) fn new(frames: &'f dyn TableFrames) -> Self {
+        Self {
+            frames,
+            tables: Vec::new(),
+        }
+    }
+
+    /// Holds `tables` frames, or as many as can be had. The caller holds no lock and no section.
+    pub(crate) fn reserve(&mut self, tables: usize) {
+        let missing = tables.saturating_sub(self.tables.len());
+        if self.tables.try_reserve(missing).is_err() {
+            return;
+        }
+        for _ in 0..missing {
+            let Some(frame) = self.frames.allocate(1) else {
+                return;
+            };
+            self.tables.push(frame);
+        }
+    }
+
+    /// One of them.
+    pub(crate) fn take(&mut self) -> Option<SpareTable> {
+        self.tables.pop().map(SpareTable)
+    }
+
+    /// Takes back a table of `level` that was filled and never linked, with what it leads to. Nothing is allocated: the
+    /// frames were here before.
+    pub(crate) fn reclaim(&mut self, table: SpareTable, level: Level, active: &Active<'_>) {
+        if let Some(deeper) = level.deeper() {
+            // SAFETY: Nobody else knows the table.
+            let slots: &Table = unsafe { table_at(table.0, active) };
+            for below in slots.iter().map(Slot::load) {
+                if below.is_table(level) {
+                    self.reclaim(SpareTable(below.address()), deeper, active);
+                }
+            }
+        }
+        self.tables.push(table.abandon().0);
+    }
+}
+
+impl Drop for Spares<'_> {
+    fn drop(&mut self) {
+        for table in self.tables.drain(..) {
+            self.frames.release(table, 1);
+        }
     }
 }
 

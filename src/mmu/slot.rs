@@ -7,7 +7,7 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 
 use crate::addr::{Ipa, PAGE_BYTES, Pa};
-use crate::mmu::bitmap::Bitmap;
+use crate::mmu::bitmap::{Bitmap, WORD_PAGES};
 use crate::mmu::descriptor::{Leaf, Memory, TAGS, Tag};
 use crate::mmu::error::Error;
 use crate::mmu::geometry::{Level, Shape};
@@ -102,6 +102,23 @@ impl MemorySlot {
     pub(crate) fn contains(&self, ipa: Ipa) -> bool {
         ipa.offset_from(self.config.ipa)
             .is_some_and(|offset| offset < self.bytes())
+    }
+
+    /// Whether pages `[from, to)` are a range that bits can be taken of.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::BadRange`]: empty, outside the slot, or not of whole bitmap words.
+    pub(crate) fn check_range(&self, from: u64, to: u64) -> Result<(), Error> {
+        let aligned =
+            from.is_multiple_of(WORD_PAGES) && (to.is_multiple_of(WORD_PAGES) || to == self.pages);
+        if from < to && to <= self.pages && aligned {
+            return Ok(());
+        }
+        Err(Error::BadRange(
+            self.ipa_of(from.min(self.pages)),
+            to.saturating_sub(from).saturating_mul(PAGE_BYTES),
+        ))
     }
 
     pub(crate) fn overlaps(&self, other: &Self) -> bool {

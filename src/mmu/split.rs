@@ -1,21 +1,80 @@
 //! Splitting a block into a table of 512 leaves that translate the same memory.
 //!
-//! Policy `fault`: the first write to a block while logging splits it, through break-before-make at level 0. The table is
-//! filled off-line with read-only leaves, the written page apart, so that the other 511 never fault for being read. Where
-//! no table is to be had even after a top-up, nothing is lost: the block becomes writable as a whole and every page of it
-//! is recorded ([`Stage2::write_whole_block`]).
+//! ```text
+//!   level 0   fill the table off-line ── break ── invalidate ── make        (up to a batch of blocks under one pair)
+//!   level 2   fill the table off-line ── one compare-and-swap               (old entries: see below)
+//! ```
+//!
+//! By a fault: one block, one level down; read-only leaves but for the written page, so that the other 511 never fault for
+//! being read. Eagerly ([`Stage2::split`], and the policies): range by range, in chunks with pauses, each chunk in batches;
+//! a 1 GiB block is replaced by a whole subtree in one store if the frames are there. Frames are reserved outside locks and
+//! sections; when they run out the rest stays whole, is reported, and is split by faults. Where a fault has no table even
+//! after a top-up, the block becomes writable as a whole and every page of it is recorded
+//! ([`Stage2::write_whole_block`]).
+//!
+//! # What stale entries can do at level 2
+//!
+//! Between the swap and an invalidation a TLB may hold the block and the new leaves (I_HYQMB): it uses one of them or
+//! raises a conflict abort, which EL2 resolves. The old entry leads to the same memory; all it can differ in is its
+//! permission. If the block was read-only, a stale entry costs a spurious fault. If it was writable, so were the leaves, and
+//! whoever protects one of them later names its address without a level hint, which reaches the entry of the block too
+//! (rule 18). So a fault owes nothing but its local invalidation, and an eager split pays once a chunk, to be rid of
+//! conflicts.
 
 use crate::addr::Ipa;
-use crate::mmu::descriptor::{Descriptor, Leaf, View};
+use crate::arch;
+use crate::mmu::bbm::{Broken, MOST_BATCH, Together};
+use crate::mmu::descriptor::{Descriptor, View};
+use crate::mmu::error::Error;
 use crate::mmu::fault::{Attempt, Resolution};
 use crate::mmu::geometry::{ENTRIES, Level};
 use crate::mmu::map::record;
-use crate::mmu::slot::SlotView;
+use crate::mmu::pool::{SpareTable, Spares};
+use crate::mmu::slot::{SlotId, SlotView};
+use crate::mmu::splitting::{Bbm, Policy};
 use crate::mmu::stage2::Stage2;
+use crate::mmu::table::Slot;
+use crate::mmu::tlb::Debt;
 use crate::mmu::walk::Position;
 use crate::sync::percpu;
 use crate::sync::quiescence::{Active, CpuId};
 use crate::trace::Event;
+
+/// What an eager split did.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Split {
+    /// Blocks replaced by tables; a 1 GiB block and what is below it count once if they were replaced in one store.
+    pub blocks: u64,
+    /// Blocks left whole for want of frames: faults will split them.
+    pub left: u64,
+}
+
+impl core::ops::AddAssign for Split {
+    fn add_assign(&mut self, other: Self) {
+        self.blocks += other.blocks;
+        self.left += other.left;
+    }
+}
+
+/// A block and the table that is to replace it.
+struct Prepared<'t> {
+    slot: &'t Slot,
+    found: Descriptor,
+    ipa: Ipa,
+    level: Level,
+    table: SpareTable,
+}
+
+/// What comes next in a range.
+enum Next<'t> {
+    Block(Ipa, Position<'t>),
+    /// A structural change is going on here.
+    Held(Ipa),
+    Nothing,
+}
+
+/// Tables below a 1 GiB block, its own included.
+const SUBTREE_TABLES: usize = ENTRIES + 1;
 
 impl Stage2 {
     /// Splits the read-only block at `at` one level down; a level-2 block's page at `ipa` becomes writable and recorded.
@@ -35,32 +94,33 @@ impl Stage2 {
             return Attempt::Give(Resolution::TopUp);
         };
         let written = (level == Level::L3).then(|| level.index_of(ipa));
-        table.fill(active, |index| self.part(&block, level, index, written));
-        let Ok(broken) = at.slot.break_leaf(at.found, ipa) else {
+        let empty = self.splitting.policy == Policy::FaultEmpty;
+        let first = Descriptor::leaf(&block, level, self.format());
+        table.fill(active, |index| {
+            let leaf = first.further(index as u64 * level.span_bytes());
+            match (written == Some(index), empty) {
+                (true, _) => leaf.writable().young(),
+                (false, false) => leaf,
+                (false, true) => Descriptor::EMPTY,
+            }
+        });
+        let replaced = if self.splitting.bbm == Bbm::Two && !empty {
+            at.slot.compare_and_swap(at.found, table.descriptor())
+        } else {
+            at.slot
+                .break_leaf(at.found, ipa)
+                .map(|broken| broken.invalidate().make(table.descriptor()))
+        };
+        if replaced.is_err() {
             self.pool.put_back(cpu, table.abandon());
             return Attempt::Again;
-        };
-        broken.invalidate().make(table.descriptor());
+        }
         percpu::count(Event::Splits);
         if written.is_none() {
             return Attempt::Again;
         }
         record(view, ipa, Level::L3, cpu);
         Attempt::Stale
-    }
-
-    /// Leaf `index` of the table that replaces `block`.
-    fn part(&self, block: &Leaf, level: Level, index: usize, written: Option<usize>) -> Descriptor {
-        debug_assert!(index < ENTRIES);
-        let to = crate::addr::Pa::new(block.to.raw() + index as u64 * level.span_bytes());
-        let written = written == Some(index);
-        let leaf = Leaf {
-            to,
-            write: block.write || written,
-            young: block.young || written,
-            ..*block
-        };
-        Descriptor::leaf(&leaf, level, self.format())
     }
 
     /// Makes the block around `ipa` writable as a whole and records all its pages: what is left when no table can be
@@ -76,8 +136,8 @@ impl Stage2 {
         let Some(at) = context.root.walk(ipa, &active) else {
             return false;
         };
-        if at.found == Descriptor::BUSY {
-            // Some CPU is between break and make: the guest's next try finds what it made.
+        if at.found.is_held() {
+            // Some CPU is replacing it: the guest's next try finds what it made.
             return true;
         }
         let view = context.tagged(at.found.tag());
@@ -91,5 +151,256 @@ impl Stage2 {
             record(view, ipa, at.level, cpu);
         }
         true
+    }
+
+    /// Splits every block that pages `[from, to)` of the slot are part of, all the way down, whether or not the slot is
+    /// logged. Permissions and what is recorded stay as they are.
+    ///
+    /// Rounding: out to the blocks; `from` and `to` are multiples of 64 pages, or `to` is the slot's end. Races: faults,
+    /// clears, splits and collapses; a block that another CPU is replacing is waited for, outside the lock. TLB: nothing owed
+    /// on return. Cost: per block one table filled and one descriptor (two at level 0); invalidations per batch at level 0,
+    /// per chunk at level 2.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoSlot`], [`Error::BadRange`]; nothing is split then.
+    pub fn split(&self, cpu: CpuId, id: SlotId, from: u64, to: u64) -> Result<Split, Error> {
+        let slot = self.admin.lock().slot(id)?.slot.clone();
+        slot.check_range(from, to)?;
+        Ok(self.split_span(cpu, slot.ipa_of(from), slot.ipa_of(to)))
+    }
+
+    /// Splits the blocks of `[from, to)`, chunk by chunk.
+    pub(crate) fn split_span(&self, cpu: CpuId, from: Ipa, to: Ipa) -> Split {
+        let mut done = Split::default();
+        self.by_chunk(self.splitting.chunk_bytes, from, to, |from, to| {
+            let mut debt = Debt::open(self, cpu);
+            let mut spares = Spares::new(&*self.services.frames);
+            let mut at = from;
+            while at < to {
+                spares.reserve(self.tables_wanted(cpu, at));
+                match self.split_batch(cpu, at, to, &mut spares, &mut debt, &mut done) {
+                    Some(next) => at = next,
+                    None => arch::yield_now(),
+                }
+            }
+            debt.pay();
+        });
+        done
+    }
+
+    /// Calls `work` with each chunk of `bytes` of `[from, to)`, and pauses in between as the VM was told to.
+    pub(crate) fn by_chunk(&self, bytes: u64, from: Ipa, to: Ipa, mut work: impl FnMut(Ipa, Ipa)) {
+        let mut at = from;
+        while at < to {
+            let end = Ipa::new(at.align_down(bytes).raw().saturating_add(bytes)).min(to);
+            work(at, end);
+            at = end;
+            if at < to && self.splitting.pause_ticks != 0 {
+                let begun = arch::counter();
+                while arch::counter().wrapping_sub(begun) < self.splitting.pause_ticks {
+                    arch::yield_now();
+                }
+            }
+        }
+    }
+
+    /// Frames that the next batch at `at` can use: a whole subtree only where a chunk is that large.
+    fn tables_wanted(&self, cpu: CpuId, at: Ipa) -> usize {
+        let active = self.services.quiescence.enter(cpu);
+        let large = self.splitting.chunk_bytes == Level::L1.span_bytes()
+            && self
+                .root()
+                .walk(at, &active)
+                .is_some_and(|at| at.level == Level::L1 && at.found.is_leaf(Level::L1));
+        if large {
+            SUBTREE_TABLES
+        } else {
+            self.splitting.batch
+        }
+    }
+
+    /// Splits up to a batch of blocks of `[at, end)` and returns where to go on; `None` when another CPU is replacing what
+    /// is at `at`.
+    fn split_batch(
+        &self,
+        cpu: CpuId,
+        at: Ipa,
+        end: Ipa,
+        spares: &mut Spares<'_>,
+        debt: &mut Debt<'_>,
+        done: &mut Split,
+    ) -> Option<Ipa> {
+        let active = self.services.quiescence.enter(cpu);
+        let mut prepared: Together<Prepared<'_>> = [const { None }; MOST_BATCH];
+        let mut places = prepared.iter_mut().take(self.splitting.batch);
+        let mut next = at;
+        let mut any = false;
+        while places.len() != 0 {
+            match self.next_block(next, end, &active) {
+                Next::Nothing => {
+                    next = end;
+                    break;
+                }
+                Next::Held(ipa) => {
+                    next = ipa;
+                    if !any {
+                        return None;
+                    }
+                    break;
+                }
+                // A large block is a batch of its own: its frames were reserved for it alone.
+                Next::Block(ipa, found) if found.level == Level::L1 && any => {
+                    next = ipa;
+                    break;
+                }
+                Next::Block(ipa, found) => {
+                    let base = ipa.align_down(found.level.span_bytes());
+                    next = Ipa::new(base.raw() + found.level.span_bytes());
+                    let Some(table) = self.build(found.found, found.level, spares, &active) else {
+                        done.left += 1;
+                        continue;
+                    };
+                    any = true;
+                    if let Some(place) = places.next() {
+                        *place = Some(Prepared {
+                            slot: found.slot,
+                            found: found.found,
+                            ipa: base,
+                            level: found.level,
+                            table,
+                        });
+                    }
+                    if found.level == Level::L1 {
+                        // Once more, for blocks below that found no frame.
+                        next = ipa;
+                        break;
+                    }
+                }
+            }
+        }
+        let again = match self.splitting.bbm {
+            Bbm::Zero => self.replace_at_level_0(cpu, prepared, spares, done, &active),
+            Bbm::Two => self.replace_at_level_2(prepared, spares, debt, done, &active),
+        };
+        Some(again.map_or(next, |ipa| ipa.max(at)))
+    }
+
+    /// The first block at or after `at`.
+    fn next_block<'a>(&self, mut at: Ipa, end: Ipa, active: &'a Active<'_>) -> Next<'a> {
+        while at < end {
+            let Some(found) = self.root().walk_to(at, Level::L2, active) else {
+                break;
+            };
+            if found.found.is_held() {
+                return Next::Held(at);
+            }
+            if found.found.is_leaf(found.level) {
+                return Next::Block(at, found);
+            }
+            let span = found.level.span_bytes();
+            at = Ipa::new(at.align_down(span).raw().saturating_add(span));
+        }
+        Next::Nothing
+    }
+
+    /// The table that translates what the leaf `block` of `level` does, with as much below it as there are frames for.
+    fn build(
+        &self,
+        block: Descriptor,
+        level: Level,
+        spares: &mut Spares<'_>,
+        active: &Active<'_>,
+    ) -> Option<SpareTable> {
+        let (View::Leaf(block), Some(level)) = (block.view(level), level.deeper()) else {
+            return None;
+        };
+        let table = spares.take()?;
+        let first = Descriptor::leaf(&block, level, self.format());
+        let leaf = |index| first.further(index as u64 * level.span_bytes());
+        if level == Level::L3 {
+            table.fill(active, leaf);
+        } else {
+            table.fill(active, |index| {
+                let below = self.build(leaf(index), level, spares, active);
+                below.map_or(leaf(index), |below| below.descriptor())
+            });
+        }
+        Some(table)
+    }
+
+    /// Break-before-make of all that is prepared, under one pair of invalidations. Returns the first that another CPU
+    /// changed meanwhile.
+    fn replace_at_level_0(
+        &self,
+        cpu: CpuId,
+        prepared: Together<Prepared<'_>>,
+        spares: &mut Spares<'_>,
+        done: &mut Split,
+        active: &Active<'_>,
+    ) -> Option<Ipa> {
+        let mut again = None;
+        let mut broken: Together<Broken<'_>> = [const { None }; MOST_BATCH];
+        let mut tables: Together<Descriptor> = [None; MOST_BATCH];
+        let _guard = self.lock.share();
+        for (block, (broken, table)) in prepared
+            .into_iter()
+            .flatten()
+            .zip(broken.iter_mut().zip(&mut tables))
+        {
+            match block.slot.break_leaf(block.found, block.ipa) {
+                Ok(taken) => {
+                    *broken = Some(taken);
+                    *table = Some(block.table.descriptor());
+                }
+                Err(_) => {
+                    again.get_or_insert(block.ipa);
+                    reclaim(block, spares, active);
+                }
+            }
+        }
+        let clean = self.invalidate_together(cpu, broken);
+        for (clean, table) in clean
+            .into_iter()
+            .flatten()
+            .zip(tables.into_iter().flatten())
+        {
+            clean.make(table);
+            percpu::count(Event::Splits);
+            done.blocks += 1;
+        }
+        again
+    }
+
+    /// Each block becomes its table in one step; old entries go with `debt`.
+    fn replace_at_level_2(
+        &self,
+        prepared: Together<Prepared<'_>>,
+        spares: &mut Spares<'_>,
+        debt: &mut Debt<'_>,
+        done: &mut Split,
+        active: &Active<'_>,
+    ) -> Option<Ipa> {
+        let mut again = None;
+        let _guard = self.lock.share();
+        for block in prepared.into_iter().flatten() {
+            let table = block.table.descriptor();
+            if block.slot.compare_and_swap(block.found, table).is_ok() {
+                debt.add(block.ipa, block.level);
+                percpu::count(Event::Splits);
+                done.blocks += 1;
+            } else {
+                again.get_or_insert(block.ipa);
+                reclaim(block, spares, active);
+            }
+        }
+        again
+    }
+}
+
+/// Takes back what was built for `block`, which somebody else changed.
+fn reclaim(block: Prepared<'_>, spares: &mut Spares<'_>, active: &Active<'_>) {
+    if let Some(level) = block.level.deeper() {
+        spares.reclaim(block.table, level, active);
     }
 }

@@ -16,6 +16,7 @@ use crate::mmu::lock::{Exclusive, Locking, MmuLock};
 use crate::mmu::logging::SlotLog;
 use crate::mmu::pool::TablePool;
 use crate::mmu::slot::{Context, MemorySlot, SlotConfig, SlotId, SlotView};
+use crate::mmu::splitting::Splitting;
 use crate::mmu::table::root_at;
 use crate::mmu::tlb::{OpenDebts, TlbFeatures};
 use crate::mmu::vmid::{RESERVED, VmidAllocator, VmidCell};
@@ -45,6 +46,8 @@ pub struct Config {
     pub locking: Locking,
     /// Shape of the tree.
     pub shape: Shape,
+    /// How blocks become tables and tables blocks.
+    pub splitting: Splitting,
 }
 
 /// One VM's stage 2.
@@ -54,6 +57,7 @@ pub struct Stage2 {
     pub(crate) services: Arc<Services>,
     pub(crate) pool: TablePool,
     pub(crate) admin: Mutex<Admin>,
+    pub(crate) splitting: Splitting,
     root: Root,
     vmid: VmidCell,
     debts: OpenDebts,
@@ -100,8 +104,9 @@ impl Stage2 {
     ///
     /// # Errors
     ///
-    /// [`Error::NoMemory`].
+    /// [`Error::NoMemory`], [`Error::BadChunk`], [`Error::BadBatch`].
     pub fn new(config: Config, services: Arc<Services>) -> Result<Self, Error> {
+        config.splitting.check()?;
         let root = Self::allocate_root(config.shape, &services)?;
         let cpus = services.quiescence.cpus();
         let admin = Admin {
@@ -112,6 +117,7 @@ impl Stage2 {
             lock: MmuLock::new(config.locking),
             pool: TablePool::new(cpus),
             admin: Mutex::new(admin),
+            splitting: config.splitting,
             root,
             vmid: VmidCell::default(),
             debts: OpenDebts::default(),

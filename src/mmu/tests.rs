@@ -10,7 +10,8 @@ use crate::addr::{Ipa, Pa, Va, to_index};
 use crate::mem::TableFrames;
 use crate::mmu::{
     Access, Config, Contents, Error, Extent, Fault, FaultKind, Format, Level, Locking, Memory,
-    PageSet, Resolution, Services, Shape, SlotConfig, SlotId, Stage2, TlbFeatures, VmidAllocator,
+    PageSet, Resolution, Services, Shape, SlotConfig, SlotId, Splitting, Stage2, TlbFeatures,
+    VmidAllocator,
 };
 use crate::sync::quiescence::{CpuId, Domain};
 
@@ -52,6 +53,7 @@ fn stage2(locking: Locking) -> Stage2 {
     let config = Config {
         locking,
         shape: Shape::new(40).unwrap(),
+        splitting: Splitting::default(),
     };
     let stage2 = Stage2::new(config, Arc::new(services)).unwrap();
     stage2.load(CPU);
@@ -138,7 +140,7 @@ fn a_write_is_recorded_once_between_clears() {
         stage2.next_epoch(CPU, slot, &mut closed).unwrap();
         assert_eq!(closed.pages().collect::<Vec<_>>(), [7]);
         assert!(dirty(&stage2, slot).is_empty());
-        stage2.disable_logging(slot).unwrap();
+        stage2.disable_logging(CPU, slot).unwrap();
         touch(&stage2, 7, Access::Write);
         assert_eq!(stage2.dirty(slot, &mut closed), Err(Error::NotLogging));
         stage2.unload(CPU);

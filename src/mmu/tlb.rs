@@ -188,6 +188,7 @@ fn invalidate(owed: &Owed, features: TlbFeatures) {
                 arch::tlbi_ipas2e1is(*ipa);
             }
             percpu::count_many(Event::TlbiBroadcast, *count as u64);
+            percpu::count_many(Event::TlbiIpa, *count as u64);
             combined();
         }
         Owed::Range { from, to } => invalidate_range(*from, *to, features),
@@ -216,10 +217,13 @@ fn combined() {
     arch::dsb_ish();
     arch::tlbi_vmalle1is();
     percpu::count(Event::TlbiBroadcast);
+    percpu::count(Event::TlbiStage1);
     arch::dsb_ish();
 }
 
-fn everything() {
+/// Invalidates on all CPUs whatever the VMID's tables translated, walk caches included; complete on return. What the
+/// caller changed is visible to walkers already (`DSB ISHST`).
+pub(crate) fn everything() {
     arch::tlbi_vmalls12e1is();
     percpu::count(Event::TlbiBroadcast);
     percpu::count(Event::TlbiVmid);
@@ -230,8 +234,17 @@ fn everything() {
 /// [`Stage2::under_vmid`]; complete on return.
 pub(crate) fn broadcast_one(ipa: Ipa) {
     arch::dsb_ishst();
-    arch::tlbi_ipas2e1is(ipa);
-    percpu::count(Event::TlbiBroadcast);
+    broadcast_each(core::iter::once(ipa));
+}
+
+/// Invalidates on all CPUs what the leaves around `ipas` translated, under one `VMALLE1IS`; complete on return. What the
+/// caller changed is visible to walkers already (`DSB ISHST`).
+pub(crate) fn broadcast_each(ipas: impl Iterator<Item = Ipa>) {
+    for ipa in ipas {
+        arch::tlbi_ipas2e1is(ipa);
+        percpu::count(Event::TlbiBroadcast);
+        percpu::count(Event::TlbiIpa);
+    }
     combined();
 }
 

@@ -72,7 +72,7 @@ impl Stage2 {
         let next = Ipa::new(base.raw() + place.level.span_bytes());
         let mut found = place.found;
         loop {
-            if found == Descriptor::BUSY {
+            if found.is_held() {
                 return Err(Busy);
             }
             if found.is_table(place.level) {

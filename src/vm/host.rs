@@ -6,8 +6,8 @@ use spin::Once;
 
 use crate::arch::features::Features;
 use crate::dev::gic::{Gic, KICK};
-use crate::dev::machine::Machine;
-use crate::mmu::Services;
+use crate::dev::machine::{Machine, QEMU_VIRT};
+use crate::mmu::{Bbm, Services};
 use crate::sync::percpu;
 use crate::trace::Event;
 use crate::trace::ring::Mark;
@@ -50,6 +50,17 @@ impl Host {
     /// The version of the interrupt controller, and so of the guests'.
     pub fn gic_version(&self) -> u32 {
         self.gic.version()
+    }
+
+    /// The break-before-make level that VMs may rely on: 2 where every CPU has it and none raises TLB conflict aborts, which
+    /// an emulated one never does; a real one has to be known for it, because a conflict may surface inside a guest.
+    pub fn auto_bbm(&self) -> Bbm {
+        let emulated = self.machine.board == QEMU_VIRT;
+        if self.features.bbm >= 2 && (emulated || self.features.bbm_without_conflicts) {
+            Bbm::Two
+        } else {
+            Bbm::Zero
+        }
     }
 
     /// Number of CPUs that run.

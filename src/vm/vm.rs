@@ -17,7 +17,8 @@ use crate::arch::context::Stage2Geometry;
 use crate::dev::gic::Gic;
 use crate::dev::machine;
 use crate::mmu::{
-    self, Config, Contents, Extent, Level, Locking, Memory, Shape, SlotConfig, SlotId, Stage2,
+    self, Config, Contents, Extent, Level, Locking, Memory, Shape, SlotConfig, SlotId, Splitting,
+    Stage2,
 };
 use crate::sync::percpu;
 use crate::sync::quiescence::CpuId;
@@ -54,6 +55,8 @@ pub struct VmConfig {
     pub vcpus: usize,
     /// What its MMU lock costs.
     pub locking: Locking,
+    /// How blocks become tables while it is logged.
+    pub splitting: Splitting,
     /// Takes HPFAR_EL2 for true on permission faults, which the architecture does not promise; to measure its absence.
     pub trust_hpfar: bool,
     /// Where vCPU 0 begins, with its MMU off and [`RAM`] in x0.
@@ -187,6 +190,7 @@ impl Vm {
                 Config {
                     locking: config.locking,
                     shape,
+                    splitting: config.splitting,
                 },
                 host.services.clone(),
             )?,

@@ -136,6 +136,7 @@ impl Rig {
         let config = Config {
             locking: self.plan.locking,
             shape,
+            splitting: vellum::mmu::Splitting::default(),
         };
         let stage2 = Stage2::new(config, Arc::clone(&self.services)).expect("frames for a root");
         Rc::new(Vm {
@@ -308,9 +309,9 @@ impl Rig {
 
     pub(crate) fn disable(&self, cpu: usize, vm: &Vm, index: usize) {
         let slots = vm.slots.borrow();
-        let disabled = self
-            .machine
-            .on(cpu, || vm.stage2.disable_logging(slots[index].id));
+        let disabled = self.machine.on(cpu, || {
+            vm.stage2.disable_logging(CpuId(cpu), slots[index].id)
+        });
         disabled.expect("logging can be disabled");
         *slots[index].copied.borrow_mut() = None;
     }
