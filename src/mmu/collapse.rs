@@ -26,10 +26,10 @@
 
 use alloc::vec::Vec;
 
-use crate::addr::{Ipa, Pa};
+use crate::addr::Ipa;
 use crate::arch;
 use crate::mmu::bbm::{Broken, MOST_BATCH, Together};
-use crate::mmu::descriptor::{Descriptor, Leaf, Memory, View};
+use crate::mmu::descriptor::{Descriptor, Leaf, Memory};
 use crate::mmu::error::Error;
 use crate::mmu::geometry::Level;
 use crate::mmu::pool::Unlinked;
@@ -112,8 +112,8 @@ impl Stage2 {
                 done,
             };
             let bytes = self.splitting.chunk_bytes.max(level.span_bytes());
-            self.by_chunk(bytes, from, to, |from, to| {
-                let mut at = from;
+            self.by_chunk(bytes, from.raw(), to.raw(), |from, to| {
+                let (mut at, to) = (Ipa::new(from), Ipa::new(to));
                 while at < to {
                     // Room for what is unlinked is made here: nothing is allocated under the lock.
                     let mut unlinked = Vec::with_capacity(self.splitting.batch);
@@ -194,10 +194,15 @@ impl Stage2 {
         if logged {
             block.write = table.first()?.load().is_writable();
         }
+        let first = Leaf {
+            write: false,
+            young: false,
+            ..block
+        };
         let uniform = Uniform {
-            block,
-            child,
-            logged,
+            first: Descriptor::leaf(&first, child, self.format()),
+            span_bytes: child.span_bytes(),
+            write: logged.then_some(block.write),
         };
         Some(match freeze(table, &uniform) {
             Some(young) => Ok(Frozen {
@@ -293,29 +298,20 @@ impl Stage2 {
 
 /// What 512 leaves must be to make one block.
 struct Uniform {
-    block: Leaf,
-    child: Level,
-    logged: bool,
+    /// The first of them, read-only and old.
+    first: Descriptor,
+    /// Bytes that one of them translates.
+    span_bytes: u64,
+    /// Whether all permit stores, or none; `None`: each as it likes.
+    write: Option<bool>,
 }
 
 impl Uniform {
     /// Whether leaf `index` of the table may be `found`.
     fn allows(&self, index: usize, found: Descriptor) -> bool {
-        let to = Pa::new(self.block.to.raw() + index as u64 * self.child.span_bytes());
-        let View::Leaf(leaf) = found.view(self.child) else {
-            return false;
-        };
-        let expected = Leaf {
-            to,
-            write: if self.logged {
-                self.block.write
-            } else {
-                leaf.write
-            },
-            young: leaf.young,
-            ..self.block
-        };
-        leaf == expected
+        let expected = self.first.further(index as u64 * self.span_bytes);
+        found.read_only().old() == expected
+            && self.write.is_none_or(|write| write == found.is_writable())
     }
 }
 

@@ -24,7 +24,7 @@ pub enum Error {
     NotLogging,
     /// A chunk of splitting that is not a block size.
     BadChunk(u64),
-    /// A batch of splitting that is not 1 to [`MOST_BATCH`](crate::mmu::bbm::MOST_BATCH) blocks.
+    /// A batch of splitting that is not 1 to [`MOST_BATCH`] blocks.
     BadBatch(usize),
     /// Policy `fault-empty` unmaps pages that are in use, so the slot must keep what its pages hold.
     MustKeep,

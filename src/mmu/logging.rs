@@ -20,7 +20,7 @@ use alloc::sync::Arc;
 
 use core::ops::Range;
 
-use crate::addr::{Ipa, to_index};
+use crate::addr::{Ipa, PAGE_BYTES, to_index};
 use crate::arch;
 use crate::mmu::bitmap::{Bitmap, GROUP_PAGES, WORD_PAGES};
 use crate::mmu::collapse::Collapse;
@@ -184,10 +184,9 @@ impl Stage2 {
             return Ok(Split::default());
         }
         let mut done = Split::default();
-        let bytes = self.splitting.chunk_bytes;
-        self.by_chunk(bytes, slot.ipa_of(from), slot.ipa_of(to), |from, to| {
-            let pages = slot.page_of(from)..slot.page_of(to);
-            let touched = self.clear_groups(cpu, &slot, &bitmap, pages, into);
+        let chunk_pages = self.splitting.chunk_bytes / PAGE_BYTES;
+        self.by_chunk(chunk_pages, from, to, |from, to| {
+            let touched = self.clear_groups(cpu, &slot, &bitmap, from..to, into);
             for run in touched.runs() {
                 let (from, to) = (slot.ipa_of(run.start), slot.ipa_of(run.end));
                 done += self.split_span(cpu, from, to);
@@ -335,10 +334,8 @@ struct Touched {
     groups: [u64; TOUCHED_GROUPS / 64],
 }
 
-/// Groups of the largest chunk, and one more for a slot that is not aligned to them.
-const TOUCHED_GROUPS: usize = 576;
-
-const _: () = assert!(TOUCHED_GROUPS as u64 > Level::L1.span_pages() / GROUP_PAGES);
+/// Groups of the largest chunk.
+const TOUCHED_GROUPS: usize = to_index(Level::L1.span_pages() / GROUP_PAGES);
 
 impl Touched {
     fn of(pages: Range<u64>) -> Self {

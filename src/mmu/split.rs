@@ -18,8 +18,8 @@
 //! raises a conflict abort, which EL2 resolves. The old entry leads to the same memory; all it can differ in is its
 //! permission. If the block was read-only, a stale entry costs a spurious fault. If it was writable, so were the leaves, and
 //! whoever protects one of them later names its address without a level hint, which reaches the entry of the block too
-//! (rule 18). So a fault owes nothing but its local invalidation, and an eager split pays once a chunk, to be rid of
-//! conflicts.
+//! (rule 18). So a fault owes nothing but its local invalidation. An eager split invalidates once a chunk, to be rid of
+//! conflicts; that is no debt, nobody needs to wait for it or join it.
 
 use crate::addr::Ipa;
 use crate::arch;
@@ -34,7 +34,7 @@ use crate::mmu::slot::{SlotId, SlotView};
 use crate::mmu::splitting::{Bbm, Policy};
 use crate::mmu::stage2::Stage2;
 use crate::mmu::table::Slot;
-use crate::mmu::tlb::Debt;
+use crate::mmu::tlb::Owed;
 use crate::mmu::walk::Position;
 use crate::sync::percpu;
 use crate::sync::quiescence::{Active, CpuId};
@@ -173,27 +173,28 @@ impl Stage2 {
     /// Splits the blocks of `[from, to)`, chunk by chunk.
     pub(crate) fn split_span(&self, cpu: CpuId, from: Ipa, to: Ipa) -> Split {
         let mut done = Split::default();
-        self.by_chunk(self.splitting.chunk_bytes, from, to, |from, to| {
-            let mut debt = Debt::open(self, cpu);
+        let bytes = self.splitting.chunk_bytes;
+        self.by_chunk(bytes, from.raw(), to.raw(), |from, to| {
+            let (mut at, to) = (Ipa::new(from), Ipa::new(to));
+            let mut stale = Owed::Nothing;
             let mut spares = Spares::new(&*self.services.frames);
-            let mut at = from;
             while at < to {
                 spares.reserve(self.tables_wanted(cpu, at));
-                match self.split_batch(cpu, at, to, &mut spares, &mut debt, &mut done) {
+                match self.split_batch(cpu, at, to, &mut spares, &mut stale, &mut done) {
                     Some(next) => at = next,
                     None => arch::yield_now(),
                 }
             }
-            debt.pay();
+            self.invalidate(cpu, &stale);
         });
         done
     }
 
-    /// Calls `work` with each chunk of `bytes` of `[from, to)`, and pauses in between as the VM was told to.
-    pub(crate) fn by_chunk(&self, bytes: u64, from: Ipa, to: Ipa, mut work: impl FnMut(Ipa, Ipa)) {
+    /// Calls `work` with each aligned chunk of `size` of `[from, to)`, and pauses in between as the VM was told to.
+    pub(crate) fn by_chunk(&self, size: u64, from: u64, to: u64, mut work: impl FnMut(u64, u64)) {
         let mut at = from;
         while at < to {
-            let end = Ipa::new(at.align_down(bytes).raw().saturating_add(bytes)).min(to);
+            let end = (at / size).saturating_add(1).saturating_mul(size).min(to);
             work(at, end);
             at = end;
             if at < to && self.splitting.pause_ticks != 0 {
@@ -228,7 +229,7 @@ impl Stage2 {
         at: Ipa,
         end: Ipa,
         spares: &mut Spares<'_>,
-        debt: &mut Debt<'_>,
+        stale: &mut Owed,
         done: &mut Split,
     ) -> Option<Ipa> {
         let active = self.services.quiescence.enter(cpu);
@@ -281,7 +282,7 @@ impl Stage2 {
         }
         let again = match self.splitting.bbm {
             Bbm::Zero => self.replace_at_level_0(cpu, prepared, spares, done, &active),
-            Bbm::Two => self.replace_at_level_2(prepared, spares, debt, done, &active),
+            Bbm::Two => self.replace_at_level_2(prepared, spares, stale, done, &active),
         };
         Some(again.map_or(next, |ipa| ipa.max(at)))
     }
@@ -372,12 +373,12 @@ impl Stage2 {
         again
     }
 
-    /// Each block becomes its table in one step; old entries go with `debt`.
+    /// Each block becomes its table in one step; old entries are added to `stale`.
     fn replace_at_level_2(
         &self,
         prepared: Together<Prepared<'_>>,
         spares: &mut Spares<'_>,
-        debt: &mut Debt<'_>,
+        stale: &mut Owed,
         done: &mut Split,
         active: &Active<'_>,
     ) -> Option<Ipa> {
@@ -386,7 +387,7 @@ impl Stage2 {
         for block in prepared.into_iter().flatten() {
             let table = block.table.descriptor();
             if block.slot.compare_and_swap(block.found, table).is_ok() {
-                debt.add(block.ipa, block.level);
+                stale.add(block.ipa, block.level);
                 percpu::count(Event::Splits);
                 done.blocks += 1;
             } else {

@@ -73,20 +73,62 @@ pub(crate) struct Debt<'m> {
     owed: Owed,
 }
 
-/// A value of fixed size: debts are collected under the MMU lock, where nothing is allocated.
+/// What is to be invalidated. A value of fixed size: it is collected under the MMU lock, where nothing is allocated.
 #[derive(Clone, Copy)]
-enum Owed {
+pub(crate) enum Owed {
+    /// No entry.
     Nothing,
+    /// Those of a few leaves, by an address of each, and the end of the last.
     Addresses {
         list: [Ipa; SINGLE_ADDRESSES],
         count: usize,
         to: Ipa,
     },
-    Range {
-        from: Ipa,
-        to: Ipa,
-    },
+    /// Those of a range.
+    Range { from: Ipa, to: Ipa },
+    /// All of the VM's, walk caches included.
     Everything,
+}
+
+impl Owed {
+    /// Adds the leaf of `level` at `ipa`.
+    pub(crate) fn add(&mut self, ipa: Ipa, level: Level) {
+        let from = ipa.align_down(level.span_bytes());
+        let to = Ipa::new(from.raw().saturating_add(level.span_bytes()));
+        *self = match *self {
+            Self::Nothing => Self::Addresses {
+                list: [from; SINGLE_ADDRESSES],
+                count: 1,
+                to,
+            },
+            Self::Addresses {
+                mut list,
+                count,
+                to: high,
+            } => match list.get_mut(count) {
+                Some(free) => {
+                    *free = from;
+                    Self::Addresses {
+                        list,
+                        count: count + 1,
+                        to: high.max(to),
+                    }
+                }
+                None => Self::Range {
+                    from: list.iter().copied().fold(from, Ipa::min),
+                    to: high.max(to),
+                },
+            },
+            Self::Range {
+                from: low,
+                to: high,
+            } => Self::Range {
+                from: low.min(from),
+                to: high.max(to),
+            },
+            Self::Everything => Self::Everything,
+        };
+    }
 }
 
 impl<'m> Debt<'m> {
@@ -102,41 +144,7 @@ impl<'m> Debt<'m> {
 
     /// The leaf at `ipa`, of `level`, was changed.
     pub(crate) fn add(&mut self, ipa: Ipa, level: Level) {
-        let from = ipa.align_down(level.span_bytes());
-        let to = Ipa::new(from.raw().saturating_add(level.span_bytes()));
-        self.owed = match self.owed {
-            Owed::Nothing => Owed::Addresses {
-                list: [from; SINGLE_ADDRESSES],
-                count: 1,
-                to,
-            },
-            Owed::Addresses {
-                mut list,
-                count,
-                to: high,
-            } => match list.get_mut(count) {
-                Some(free) => {
-                    *free = from;
-                    Owed::Addresses {
-                        list,
-                        count: count + 1,
-                        to: high.max(to),
-                    }
-                }
-                None => Owed::Range {
-                    from: list.iter().copied().fold(from, Ipa::min),
-                    to: high.max(to),
-                },
-            },
-            Owed::Range {
-                from: low,
-                to: high,
-            } => Owed::Range {
-                from: low.min(from),
-                to: high.max(to),
-            },
-            Owed::Everything => Owed::Everything,
-        };
+        self.owed.add(ipa, level);
     }
 
     /// The leaf at `ipa` was found as this caller would have left it: if another debt of this VM is open, it may be that
@@ -159,12 +167,18 @@ impl<'m> Debt<'m> {
 
     fn settle(&mut self) {
         let owed = core::mem::replace(&mut self.owed, Owed::Nothing);
+        self.stage2.invalidate(self.cpu, &owed);
+        self.stage2.debts().settle();
+    }
+}
+
+impl Stage2 {
+    /// Makes the entries `owed` unreachable on all CPUs, complete on return. `cpu` is the calling CPU.
+    pub(crate) fn invalidate(&self, cpu: CpuId, owed: &Owed) {
         if !matches!(owed, Owed::Nothing) {
             arch::dsb_ishst();
-            self.stage2
-                .under_vmid(self.cpu, || invalidate(&owed, self.stage2.tlb_features()));
+            self.under_vmid(cpu, || invalidate(owed, self.tlb_features()));
         }
-        self.stage2.debts().settle();
     }
 }
 
