@@ -9,8 +9,8 @@ use vellum::mmu::{Access, Contents, Extent, Level, Memory, SlotConfig, SlotId, S
 
 use crate::rig::BLOCK_BYTES;
 
-/// Host memory, freed with the rig.
-struct Allocation(*mut u8, Layout);
+/// Host memory, freed with its VM.
+pub(crate) struct Allocation(*mut u8, Layout);
 
 impl Allocation {
     fn new(bytes: usize, align: usize) -> Self {
@@ -35,6 +35,8 @@ impl Drop for Allocation {
 pub(crate) struct Vm {
     pub(crate) stage2: Stage2,
     pub(crate) slots: RefCell<Vec<ModelSlot>>,
+    /// Behind the slots.
+    pub(crate) memory: RefCell<Vec<Allocation>>,
 }
 
 /// A slot and the truth about it.
@@ -44,8 +46,6 @@ pub(crate) struct ModelSlot {
     pub(crate) pages: u64,
     pub(crate) writable: bool,
     pub(crate) pa: Pa,
-    /// Kept allocated.
-    _memory: Allocation,
     /// Writes that reached each page, by anybody.
     pub(crate) writes: RefCell<Vec<u64>>,
     /// While logging: what `writes` was when the page was last copied.
@@ -59,16 +59,15 @@ impl Vm {
     pub(crate) fn add_ram(&self, ipa: u64, blocks: u64, max_leaf: Level, writable: bool) {
         let bytes = blocks * BLOCK_BYTES;
         let memory = Allocation::new(usize_of(bytes), usize_of(BLOCK_BYTES));
-        self.add_slot(ipa, bytes, max_leaf, writable, memory);
+        self.add_slot(ipa, memory.pa(), bytes, max_leaf, writable);
+        self.memory.borrow_mut().push(memory);
     }
 
-    fn add_slot(&self, ipa: u64, bytes: u64, max_leaf: Level, writable: bool, memory: Allocation) {
+    /// Adds `bytes` of memory that nobody touches but the fake machine's guests.
+    pub(crate) fn add_slot(&self, ipa: u64, pa: Pa, bytes: u64, max_leaf: Level, writable: bool) {
         let config = SlotConfig {
             ipa: Ipa::new(ipa),
-            backing: vec![Extent {
-                pa: memory.pa(),
-                bytes,
-            }],
+            backing: vec![Extent { pa, bytes }],
             max_leaf,
             memory: Memory::Normal,
             writable,
@@ -81,8 +80,7 @@ impl Vm {
             ipa: Ipa::new(ipa),
             pages,
             writable,
-            pa: memory.pa(),
-            _memory: memory,
+            pa,
             writes: RefCell::new(vec![0; usize_of(pages)]),
             copied: RefCell::new(None),
             reportable: RefCell::default(),

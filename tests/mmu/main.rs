@@ -1,8 +1,11 @@
-//! Host tests of the shipped MMU on the fake machine: `protocol` entry point by entry point, `random` by programs of many
-//! steps against a flat model.
+//! Host tests of the shipped MMU on the fake machine: `protocol` entry point by entry point, `splitting` and `collapsing`
+//! changes of size, `random` programs of many steps against a flat model.
 #![cfg(not(loom))]
 
+mod collapsing;
+mod events;
 mod flat;
 mod protocol;
 mod random;
 mod rig;
+mod splitting;

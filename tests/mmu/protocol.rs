@@ -11,8 +11,9 @@ use vellum::arch::fake::{self, Event, Outcome};
 use vellum::mmu::{Access, Level, Locking};
 use vellum::sync::quiescence::CpuId;
 
+use crate::events::{self, NESTING};
 use crate::flat::{Vm, usize_of};
-use crate::rig::{BLOCK_BYTES, Ended, Interruptions, MODES, Plan, RAM, Rig};
+use crate::rig::{BLOCK_BYTES, Ended, MODES, Plan, RAM, Rig};
 
 fn page(number: u64) -> Ipa {
     Ipa::new(RAM + number * 4096)
@@ -233,37 +234,15 @@ fn at_each_event(
     interruption: impl Fn(&Rig, &Vm) + Copy + 'static,
     scenario: impl Fn(&Rig, &Rc<Vm>),
 ) {
-    for at in 0.. {
-        let rig = Rc::new(Rig::new(Plan {
-            locking,
-            ..Plan::default()
-        }));
-        rig.machine.seed(at);
-        let vm = prepare(&rig);
-        let seen = Rc::new(Cell::new(0));
-        let interruptions = {
-            let (rig, vm, seen) = (Rc::clone(&rig), Rc::clone(&vm), Rc::clone(&seen));
-            Interruptions::new(move |_| {
-                if seen.replace(seen.get() + 1) == at {
-                    interruption(&rig, &vm);
-                }
-            })
-        };
-        scenario(&rig, &vm);
-        drop(interruptions);
-        rig.check(&vm);
-        if seen.get() <= at {
-            assert!(at > 0, "the scenario has events");
-            break;
-        }
-    }
+    let plan = Plan {
+        locking,
+        ..Plan::default()
+    };
+    events::at_each(plan, |_| true, prepare, interruption, scenario);
 }
 
 /// The marker of a slot between break and make.
 const BUSY: u64 = vellum::mmu::descriptor::Descriptor::BUSY.bits();
-
-/// Modes in which one thread can play a fault in the middle of another CPU's work.
-const NESTING: [Locking; 2] = [Locking::Rwlock, Locking::Lockless];
 
 fn logged(rig: &Rig, leaf: Level) -> Rc<Vm> {
     let vm = rig.running_vm(1, leaf);

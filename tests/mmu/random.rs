@@ -10,7 +10,7 @@ use std::rc::Rc;
 
 use vellum::addr::Ipa;
 use vellum::arch::fake::Random;
-use vellum::mmu::{Access, Level, Locking};
+use vellum::mmu::{Access, Bbm, Level, Locking, Policy, Splitting};
 use vellum::sync::quiescence::CpuId;
 
 use crate::flat::Vm;
@@ -38,6 +38,7 @@ impl Program {
             vmid_bits,
             range_tlbi: random.once_in(2),
             hpfar: random.once_in(2),
+            splitting: splitting(&mut random),
         };
         let rig = Rc::new(Rig::new(plan));
         rig.machine.seed(seed);
@@ -72,6 +73,8 @@ impl Program {
             27 => self.copy_to_guest(cpu, &vm),
             28 => self.protect_block_writers(cpu, &vm),
             29 if self.random.once_in(8) => self.replace(index, vm),
+            30 => self.interrupted(|program| program.split(cpu, &vm)),
+            31 => self.interrupted(|program| program.collapse(cpu, &vm)),
             _ => self.access(),
         }
     }
@@ -118,10 +121,10 @@ impl Program {
     fn toggle_logging(&mut self, cpu: usize, vm: &Rc<Vm>) {
         let logging = vm.slots.borrow()[0].copied.borrow().is_some();
         if logging {
-            self.rig.disable(cpu, vm, 0);
+            self.interrupted(|program| _ = program.rig.disable(cpu, vm, 0));
         } else {
             let all_set = self.random.once_in(3);
-            self.interrupted(|program| program.rig.enable(cpu, vm, 0, all_set));
+            self.interrupted(|program| _ = program.rig.enable(cpu, vm, 0, all_set));
         }
     }
 
@@ -133,15 +136,34 @@ impl Program {
         if !Self::is_logged(vm) {
             return;
         }
+        let (from, to) = self.pick_range();
+        self.rig.clear(cpu, vm, 0, from, to);
+    }
+
+    fn pick_range(&mut self) -> (u64, u64) {
         let words = usize::try_from(SLOT_BLOCKS * 512 / 64).expect("few");
         let from = 64 * self.random.below(words) as u64;
         let left = SLOT_BLOCKS * 512 - from;
-        let to = match self.random.below(3) {
-            0 => from + 64,
-            1 => from + left.min(512),
-            _ => from + left,
+        match self.random.below(3) {
+            0 => (from, from + 64),
+            1 => (from, from + left.min(512)),
+            _ => (from, from + left),
+        }
+    }
+
+    fn split(&mut self, cpu: usize, vm: &Rc<Vm>) {
+        let (slot, (from, to)) = (self.random.below(2), self.pick_range());
+        self.rig.split(cpu, vm, slot, from, to);
+    }
+
+    fn collapse(&mut self, cpu: usize, vm: &Rc<Vm>) {
+        let slot = self.random.below(2);
+        let (from, to) = match self.random.below(3) {
+            0 => self.pick_range(),
+            1 => (0, 512),
+            _ => (0, SLOT_BLOCKS * 512),
         };
-        self.rig.clear(cpu, vm, 0, from, to);
+        self.rig.collapse(cpu, vm, slot, from, to);
     }
 
     fn next_epoch(&self, cpu: usize, vm: &Rc<Vm>) {
@@ -227,6 +249,22 @@ fn interrupt(rig: &Rig, random: &mut Random) {
         Access::Write
     };
     rig.provoke(cpu, ipa, access);
+}
+
+fn splitting(random: &mut Random) -> Splitting {
+    let policies = [
+        Policy::Fault,
+        Policy::FaultEmpty,
+        Policy::Enable,
+        Policy::Clear,
+    ];
+    Splitting {
+        policy: policies[random.below(4)],
+        bbm: [Bbm::Zero, Bbm::Two][random.below(2)],
+        batch: [1, 2, 16][random.below(3)],
+        chunk_bytes: [BLOCK_BYTES, 512 * BLOCK_BYTES][random.below(2)],
+        pause_ticks: 0,
+    }
 }
 
 fn new_vm(rig: &Rig, random: &mut Random) -> Rc<Vm> {

@@ -6,17 +6,19 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use vellum::addr::{Ipa, PAGE_BYTES, Pa};
 use vellum::arch::fake::{self, Machine, Outcome};
 use vellum::mem::TableFrames;
+use vellum::mmu::descriptor::Leaf;
 use vellum::mmu::{
-    Access, Config, Fault, FaultKind, Format, Level, Locking, PageSet, Resolution, Services, Shape,
-    Stage2, TlbFeatures, VmidAllocator,
+    Access, Collapse, Config, Fault, FaultKind, Format, Level, Locking, PageSet, Resolution,
+    Services, Shape, Split, Splitting, Stage2, TlbFeatures, VmidAllocator,
 };
 use vellum::sync::percpu;
 use vellum::sync::quiescence::{CpuId, Domain};
+use vellum::trace::Event;
 
 use crate::flat::{ModelSlot, Vm, usize_of};
 
@@ -29,8 +31,11 @@ pub(crate) const MODES: [Locking; 3] = [Locking::Mutex, Locking::Rwlock, Locking
 /// Faults after which one access is said to make no progress.
 const PATIENCE: usize = 24;
 
-/// Frames from the host's heap, which may run out.
-struct HostFrames;
+/// Frames from the host's heap, which may run out: how many are left.
+pub(crate) struct HostFrames(pub(crate) Arc<AtomicUsize>);
+
+/// More frames than anybody takes.
+const PLENTY: usize = 1 << 40;
 
 fn frames_layout(pages: usize) -> Layout {
     let bytes = pages * 4096;
@@ -39,6 +44,10 @@ fn frames_layout(pages: usize) -> Layout {
 
 impl TableFrames for HostFrames {
     fn allocate(&self, pages: usize) -> Option<Pa> {
+        let take = |left: usize| left.checked_sub(pages);
+        self.0
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, take)
+            .ok()?;
         // SAFETY: The layout is not empty.
         let pointer = unsafe { alloc_zeroed(frames_layout(pages)) };
         // Whatever was here before: the pool may not rely on zeros.
@@ -48,6 +57,7 @@ impl TableFrames for HostFrames {
     }
 
     fn release(&self, frames: Pa, pages: usize) {
+        self.0.fetch_add(pages, Ordering::Relaxed);
         let at = usize::try_from(frames.raw()).expect("an address");
         // SAFETY: `frames` came from `allocate` with the same number of pages.
         unsafe {
@@ -67,6 +77,7 @@ pub(crate) struct Plan {
     pub(crate) vmid_bits: u32,
     pub(crate) range_tlbi: bool,
     pub(crate) hpfar: bool,
+    pub(crate) splitting: Splitting,
 }
 
 impl Default for Plan {
@@ -77,6 +88,7 @@ impl Default for Plan {
             vmid_bits: 8,
             range_tlbi: false,
             hpfar: false,
+            splitting: Splitting::default(),
         }
     }
 }
@@ -86,6 +98,8 @@ pub(crate) struct Rig {
     pub(crate) machine: Machine,
     pub(crate) services: Arc<Services>,
     pub(crate) plan: Plan,
+    /// Frames that are left for tables.
+    pub(crate) frames: Arc<AtomicUsize>,
     /// Which VM each CPU holds.
     pub(crate) holds: RefCell<Vec<Option<Rc<Vm>>>>,
 }
@@ -103,6 +117,7 @@ impl Rig {
         let features = fake::Features {
             initial_tables: 2,
             hpfar_on_permission: plan.hpfar,
+            bbm: u8::try_from(plan.splitting.bbm.level()).expect("a level"),
             ..fake::Features::default()
         };
         let machine = Machine::new(plan.cpus, features);
@@ -110,10 +125,11 @@ impl Rig {
             let index = u32::try_from(cpu).expect("few CPUs");
             machine.on(cpu, || percpu::this().index.store(index, Ordering::Relaxed));
         }
+        let frames = Arc::new(AtomicUsize::new(PLENTY));
         let services = Services {
             quiescence: Domain::new(plan.cpus),
             vmids: VmidAllocator::new(plan.vmid_bits, plan.cpus),
-            frames: Box::new(HostFrames),
+            frames: Box::new(HostFrames(Arc::clone(&frames))),
             format: Format {
                 forced_write_back: false,
             },
@@ -126,6 +142,7 @@ impl Rig {
             machine,
             services: Arc::new(services),
             plan,
+            frames,
             holds,
         }
     }
@@ -136,12 +153,13 @@ impl Rig {
         let config = Config {
             locking: self.plan.locking,
             shape,
-            splitting: vellum::mmu::Splitting::default(),
+            splitting: self.plan.splitting,
         };
         let stage2 = Stage2::new(config, Arc::clone(&self.services)).expect("frames for a root");
         Rc::new(Vm {
             stage2,
             slots: RefCell::default(),
+            memory: RefCell::default(),
         })
     }
 
@@ -217,10 +235,7 @@ impl Rig {
             }
             match self.take(cpu, &vm, abort, access) {
                 Resolution::Resume => {}
-                Resolution::TopUp => {
-                    let filled = self.machine.on(cpu, || vm.stage2.top_up(CpuId(cpu)));
-                    filled.expect("frames for tables");
-                }
+                Resolution::TopUp => self.top_up(cpu, &vm, ipa),
                 Resolution::NoSlot => return Some(Ended::NoSlot),
                 Resolution::Denied => return Some(Ended::Denied),
             }
@@ -242,12 +257,26 @@ impl Rig {
                 vm.with_slot(ipa, |slot, page| slot.reportable.borrow_mut().insert(page));
             }
             if self.take(cpu, &vm, abort, access) == Resolution::TopUp {
-                self.machine
-                    .on(cpu, || vm.stage2.top_up(CpuId(cpu)))
-                    .expect("frames for tables");
+                self.top_up(cpu, &vm, ipa);
             }
         }
         self.attempt(cpu, ipa, access, 3);
+    }
+
+    /// Fills the stash, or lets the guest write the whole block around `ipa` when there is no frame.
+    fn top_up(&self, cpu: usize, vm: &Vm, ipa: Ipa) {
+        let filled = self.machine.on(cpu, || vm.stage2.top_up(CpuId(cpu)));
+        if filled.is_ok() {
+            return;
+        }
+        vm.with_slot(ipa, |slot, page| {
+            let block = page / 512 * 512;
+            slot.reportable.borrow_mut().extend(block..block + 512);
+        });
+        let written = self
+            .machine
+            .on(cpu, || vm.stage2.write_whole_block(CpuId(cpu), ipa));
+        assert!(written, "frames for tables");
     }
 
     /// One fault, decoded as `vm` decodes it.
@@ -289,15 +318,15 @@ impl Rig {
         self.access(cpu, ipa, Access::Read)
     }
 
-    /// Begins to log slot `index`.
-    pub(crate) fn enable(&self, cpu: usize, vm: &Vm, index: usize, all_set: bool) {
+    /// Begins to log slot `index`; what was split.
+    pub(crate) fn enable(&self, cpu: usize, vm: &Vm, index: usize, all_set: bool) -> Split {
         let slots = vm.slots.borrow();
         let slot = &slots[index];
         slot.reportable.borrow_mut().clear();
         let enabled = self.machine.on(cpu, || {
             vm.stage2.enable_logging(CpuId(cpu), slot.id, all_set)
         });
-        enabled.expect("logging can be enabled");
+        let split = enabled.expect("logging can be enabled");
         if all_set {
             slot.reportable.borrow_mut().extend(0..slot.pages);
             *slot.copied.borrow_mut() = Some(vec![u64::MAX; usize_of(slot.pages)]);
@@ -305,15 +334,58 @@ impl Rig {
             *slot.copied.borrow_mut() = Some(slot.writes.borrow().clone());
             self.no_stale_writable(vm, slot, 0..slot.pages);
         }
+        split
     }
 
-    pub(crate) fn disable(&self, cpu: usize, vm: &Vm, index: usize) {
+    /// Ends logging of slot `index`; what was collapsed.
+    pub(crate) fn disable(&self, cpu: usize, vm: &Vm, index: usize) -> Collapse {
         let slots = vm.slots.borrow();
         let disabled = self.machine.on(cpu, || {
             vm.stage2.disable_logging(CpuId(cpu), slots[index].id)
         });
-        disabled.expect("logging can be disabled");
         *slots[index].copied.borrow_mut() = None;
+        disabled.expect("logging can be disabled")
+    }
+
+    /// Splits `[from, to)` of slot `index`.
+    pub(crate) fn split(&self, cpu: usize, vm: &Vm, index: usize, from: u64, to: u64) -> Split {
+        let id = vm.slots.borrow()[index].id;
+        let done = self
+            .machine
+            .on(cpu, || vm.stage2.split(CpuId(cpu), id, from, to));
+        done.expect("a slot and a good range")
+    }
+
+    /// Collapses `[from, to)` of slot `index`.
+    pub(crate) fn collapse(
+        &self,
+        cpu: usize,
+        vm: &Vm,
+        index: usize,
+        from: u64,
+        to: u64,
+    ) -> Collapse {
+        let id = vm.slots.borrow()[index].id;
+        let done = self
+            .machine
+            .on(cpu, || vm.stage2.collapse(CpuId(cpu), id, from, to));
+        done.expect("a slot and a good range")
+    }
+
+    /// Every leaf of `vm`.
+    pub(crate) fn leaves(&self, vm: &Vm) -> Vec<(Ipa, Level, Leaf)> {
+        let mut leaves = Vec::new();
+        self.machine.on(0, || {
+            vm.stage2
+                .for_each_leaf(CpuId(0), |ipa, level, leaf| leaves.push((ipa, level, leaf)));
+        });
+        leaves
+    }
+
+    /// How often `event` was counted, on all CPUs.
+    pub(crate) fn count(&self, event: Event) -> u64 {
+        let of = |cpu| self.machine.on(cpu, || percpu::this().counters.read(event));
+        (0..self.plan.cpus).map(of).sum()
     }
 
     /// What is recorded of slot `index` now.
@@ -335,6 +407,18 @@ impl Rig {
         from: u64,
         to: u64,
     ) -> BTreeSet<u64> {
+        self.clear_and_split(cpu, vm, index, from, to).0
+    }
+
+    /// The same, and what was split.
+    pub(crate) fn clear_and_split(
+        &self,
+        cpu: usize,
+        vm: &Vm,
+        index: usize,
+        from: u64,
+        to: u64,
+    ) -> (BTreeSet<u64>, Split) {
         let slots = vm.slots.borrow();
         let slot = &slots[index];
         let mut set = PageSet::default();
@@ -346,9 +430,9 @@ impl Rig {
         let cleared = self.machine.on(cpu, || {
             vm.stage2.clear(CpuId(cpu), slot.id, from, to, &mut set)
         });
-        cleared.expect("a logged slot and a good range");
+        let split = cleared.expect("a logged slot and a good range");
         self.harvest(vm, slot, &set, &tried);
-        set.pages().collect()
+        (set.pages().collect(), split)
     }
 
     /// Closes the epoch of slot `index` and copies what is reported.
