@@ -30,7 +30,7 @@ use crate::mmu::geometry::Level;
 use crate::mmu::pages::PageSet;
 use crate::mmu::protect::{Busy, protect_slot};
 use crate::mmu::slot::{Contents, MemorySlot, SlotId};
-use crate::mmu::split::Split;
+use crate::mmu::split::{Chosen, Split};
 use crate::mmu::splitting::Policy;
 use crate::mmu::stage2::Stage2;
 use crate::mmu::tlb::Debt;
@@ -187,10 +187,12 @@ impl Stage2 {
         let chunk_pages = self.splitting.chunk_bytes / PAGE_BYTES;
         self.by_chunk(chunk_pages, from, to, |from, to| {
             let touched = self.clear_groups(cpu, &slot, &bitmap, from..to, into);
-            for run in touched.runs() {
-                let (from, to) = (slot.ipa_of(run.start), slot.ipa_of(run.end));
-                done += self.split_span(cpu, from, to);
-            }
+            let chosen = Chosen {
+                to: slot.ipa_of(to),
+                whole: false,
+                next: &|at| slot.ipa_of(touched.next(slot.page_of(at))),
+            };
+            done += self.split_chunk(cpu, slot.ipa_of(from), &chosen);
         });
         Ok(done)
     }
@@ -362,21 +364,13 @@ impl Touched {
         self.groups.get(word).is_some_and(|word| word & bit != 0)
     }
 
-    /// The longest ranges of pages whose groups were all touched.
-    fn runs(&self) -> impl Iterator<Item = Range<u64>> {
-        let next = |page: u64| (page / GROUP_PAGES + 1) * GROUP_PAGES;
-        let end = self.pages.end;
-        let mut at = self.pages.start;
-        core::iter::from_fn(move || {
-            while at < end && !self.has(at) {
-                at = next(at);
-            }
-            let start = at;
-            while at < end && self.has(at) {
-                at = next(at);
-            }
-            (start < end).then(|| start..at.min(end))
-        })
+    /// The first page at or after `page` whose group was touched, or the end.
+    fn next(&self, page: u64) -> u64 {
+        let mut at = page;
+        while at < self.pages.end && !self.has(at) {
+            at = (at / GROUP_PAGES + 1) * GROUP_PAGES;
+        }
+        at.min(self.pages.end)
     }
 }
 

@@ -21,7 +21,7 @@
 //! (rule 18). So a fault owes nothing but its local invalidation. An eager split invalidates once a chunk, to be rid of
 //! conflicts; that is no debt, nobody needs to wait for it or join it.
 
-use crate::addr::Ipa;
+use crate::addr::{Ipa, to_index};
 use crate::arch;
 use crate::mmu::bbm::{Broken, MOST_BATCH, Together};
 use crate::mmu::descriptor::{Descriptor, View};
@@ -54,6 +54,24 @@ impl core::ops::AddAssign for Split {
         self.blocks += other.blocks;
         self.left += other.left;
     }
+}
+
+/// Which blocks of one chunk are to be split.
+pub(crate) struct Chosen<'f> {
+    /// The chunk's end.
+    pub(crate) to: Ipa,
+    /// Everything is, so that a 1 GiB block may be replaced by a whole subtree.
+    pub(crate) whole: bool,
+    /// The first address at or after the given one that belongs to one of them; anything past the end if none does.
+    pub(crate) next: &'f dyn Fn(Ipa) -> Ipa,
+}
+
+/// What is carried from batch to batch of a chunk.
+struct Work<'f> {
+    spares: Spares<'f>,
+    /// Old entries of what was replaced in one step.
+    stale: Owed,
+    done: Split,
 }
 
 /// A block and the table that is to replace it.
@@ -175,19 +193,33 @@ impl Stage2 {
         let mut done = Split::default();
         let bytes = self.splitting.chunk_bytes;
         self.by_chunk(bytes, from.raw(), to.raw(), |from, to| {
-            let (mut at, to) = (Ipa::new(from), Ipa::new(to));
-            let mut stale = Owed::Nothing;
-            let mut spares = Spares::new(&*self.services.frames);
-            while at < to {
-                spares.reserve(self.tables_wanted(cpu, at));
-                match self.split_batch(cpu, at, to, &mut spares, &mut stale, &mut done) {
-                    Some(next) => at = next,
-                    None => arch::yield_now(),
-                }
-            }
-            self.invalidate(cpu, &stale);
+            let all = Chosen {
+                to: Ipa::new(to),
+                whole: bytes == Level::L1.span_bytes(),
+                next: &|at| at,
+            };
+            done += self.split_chunk(cpu, Ipa::new(from), &all);
         });
         done
+    }
+
+    /// Splits the blocks that `chosen` names, from `from` on.
+    pub(crate) fn split_chunk(&self, cpu: CpuId, from: Ipa, chosen: &Chosen<'_>) -> Split {
+        let mut work = Work {
+            spares: Spares::new(&*self.services.frames),
+            stale: Owed::Nothing,
+            done: Split::default(),
+        };
+        let mut at = (chosen.next)(from);
+        while at < chosen.to {
+            work.spares.reserve(self.tables_wanted(cpu, at, chosen));
+            match self.split_batch(cpu, at, chosen, &mut work) {
+                Some(next) => at = (chosen.next)(next),
+                None => arch::yield_now(),
+            }
+        }
+        self.invalidate(cpu, &work.stale);
+        work.done
     }
 
     /// Calls `work` with each aligned chunk of `size` of `[from, to)`, and pauses in between as the VM was told to.
@@ -206,31 +238,30 @@ impl Stage2 {
         }
     }
 
-    /// Frames that the next batch at `at` can use: a whole subtree only where a chunk is that large.
-    fn tables_wanted(&self, cpu: CpuId, at: Ipa) -> usize {
+    /// Frames that the next batch at `at` can use.
+    fn tables_wanted(&self, cpu: CpuId, at: Ipa, chosen: &Chosen<'_>) -> usize {
         let active = self.services.quiescence.enter(cpu);
-        let large = self.splitting.chunk_bytes == Level::L1.span_bytes()
+        let large = chosen.whole
             && self
                 .root()
                 .walk(at, &active)
                 .is_some_and(|at| at.level == Level::L1 && at.found.is_leaf(Level::L1));
         if large {
-            SUBTREE_TABLES
-        } else {
-            self.splitting.batch
+            return SUBTREE_TABLES;
         }
+        let left = chosen.to.raw().saturating_sub(at.raw());
+        let blocks = left.div_ceil(Level::L2.span_bytes()) + 1;
+        self.splitting.batch.min(to_index(blocks))
     }
 
-    /// Splits up to a batch of blocks of `[at, end)` and returns where to go on; `None` when another CPU is replacing what
-    /// is at `at`.
+    /// Splits up to a batch of blocks from `at` on and returns where to go on; `None` when another CPU is replacing what is
+    /// at `at`.
     fn split_batch(
         &self,
         cpu: CpuId,
         at: Ipa,
-        end: Ipa,
-        spares: &mut Spares<'_>,
-        stale: &mut Owed,
-        done: &mut Split,
+        chosen: &Chosen<'_>,
+        work: &mut Work<'_>,
     ) -> Option<Ipa> {
         let active = self.services.quiescence.enter(cpu);
         let mut prepared: Together<Prepared<'_>> = [const { None }; MOST_BATCH];
@@ -238,9 +269,9 @@ impl Stage2 {
         let mut next = at;
         let mut any = false;
         while places.len() != 0 {
-            match self.next_block(next, end, &active) {
+            match self.next_block(next, chosen, &active) {
                 Next::Nothing => {
-                    next = end;
+                    next = chosen.to;
                     break;
                 }
                 Next::Held(ipa) => {
@@ -258,8 +289,10 @@ impl Stage2 {
                 Next::Block(ipa, found) => {
                     let base = ipa.align_down(found.level.span_bytes());
                     next = Ipa::new(base.raw() + found.level.span_bytes());
-                    let Some(table) = self.build(found.found, found.level, spares, &active) else {
-                        done.left += 1;
+                    let Some(table) =
+                        self.build(found.found, found.level, &mut work.spares, &active)
+                    else {
+                        work.done.left += 1;
                         continue;
                     };
                     any = true;
@@ -281,15 +314,19 @@ impl Stage2 {
             }
         }
         let again = match self.splitting.bbm {
-            Bbm::Zero => self.replace_at_level_0(cpu, prepared, spares, done, &active),
-            Bbm::Two => self.replace_at_level_2(prepared, spares, stale, done, &active),
+            Bbm::Zero => self.replace_at_level_0(cpu, prepared, work, &active),
+            Bbm::Two => self.replace_at_level_2(prepared, work, &active),
         };
         Some(again.map_or(next, |ipa| ipa.max(at)))
     }
 
-    /// The first block at or after `at`.
-    fn next_block<'a>(&self, mut at: Ipa, end: Ipa, active: &'a Active<'_>) -> Next<'a> {
-        while at < end {
+    /// The first chosen block at or after `at`.
+    fn next_block<'a>(&self, mut at: Ipa, chosen: &Chosen<'_>, active: &'a Active<'_>) -> Next<'a> {
+        loop {
+            at = (chosen.next)(at);
+            if at >= chosen.to {
+                break;
+            }
             let Some(found) = self.root().walk_to(at, Level::L2, active) else {
                 break;
             };
@@ -336,8 +373,7 @@ impl Stage2 {
         &self,
         cpu: CpuId,
         prepared: Together<Prepared<'_>>,
-        spares: &mut Spares<'_>,
-        done: &mut Split,
+        work: &mut Work<'_>,
         active: &Active<'_>,
     ) -> Option<Ipa> {
         let mut again = None;
@@ -356,7 +392,7 @@ impl Stage2 {
                 }
                 Err(_) => {
                     again.get_or_insert(block.ipa);
-                    reclaim(block, spares, active);
+                    reclaim(block, &mut work.spares, active);
                 }
             }
         }
@@ -368,18 +404,16 @@ impl Stage2 {
         {
             clean.make(table);
             percpu::count(Event::Splits);
-            done.blocks += 1;
+            work.done.blocks += 1;
         }
         again
     }
 
-    /// Each block becomes its table in one step; old entries are added to `stale`.
+    /// Each block becomes its table in one step; old entries go into `work.stale`.
     fn replace_at_level_2(
         &self,
         prepared: Together<Prepared<'_>>,
-        spares: &mut Spares<'_>,
-        stale: &mut Owed,
-        done: &mut Split,
+        work: &mut Work<'_>,
         active: &Active<'_>,
     ) -> Option<Ipa> {
         let mut again = None;
@@ -387,12 +421,12 @@ impl Stage2 {
         for block in prepared.into_iter().flatten() {
             let table = block.table.descriptor();
             if block.slot.compare_and_swap(block.found, table).is_ok() {
-                stale.add(block.ipa, block.level);
+                work.stale.add(block.ipa, block.level);
                 percpu::count(Event::Splits);
-                done.blocks += 1;
+                work.done.blocks += 1;
             } else {
                 again.get_or_insert(block.ipa);
-                reclaim(block, spares, active);
+                reclaim(block, &mut work.spares, active);
             }
         }
         again
