@@ -4,6 +4,7 @@
 //! are done; what it finds is printed as one line of JSON a result ([`report`]), so that a board without a host tells the
 //! same as QEMU does.
 
+mod churn;
 mod clock;
 mod dirty;
 mod get;
@@ -11,6 +12,8 @@ pub mod params;
 pub mod report;
 mod scene;
 mod selftest;
+mod shadow;
+mod split;
 mod starve;
 mod verify;
 
@@ -43,6 +46,7 @@ pub fn main(host: &'static Host, arguments: &str, guest: &[u8]) -> Result<u32, R
         host,
         params: &params,
         guest,
+        bbm: params.bbm_levels(host.features.bbm, host.auto_bbm())?,
     };
     let good = match params.suite {
         Suite::None => true,
@@ -51,6 +55,8 @@ pub fn main(host: &'static Host, arguments: &str, guest: &[u8]) -> Result<u32, R
         Suite::Selftest => selftest::run(&stage)?,
         Suite::Get => get::run(&stage)?,
         Suite::Starve => starve::run(&stage)?,
+        Suite::Split => split::run(&stage)?,
+        Suite::Churn => churn::run(&stage)?,
     };
     Ok(if good { 0 } else { FAILED })
 }

@@ -5,7 +5,8 @@ use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 use core::str::FromStr;
 
-use crate::mmu::{Level, Locking};
+use crate::mmu::bbm::MOST_BATCH;
+use crate::mmu::{Bbm, Level, Locking, Policy};
 
 /// What is measured.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -22,6 +23,19 @@ pub enum Suite {
     Get,
     /// How long the exclusive side of the MMU lock is waited for among faulting vCPUs.
     Starve,
+    /// Splitting blocks, eagerly and by faults, and collapsing them.
+    Split,
+    /// Whether anything is lost while splits, clears and collapses loop.
+    Churn,
+}
+
+/// Which break-before-make level is used.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Choice {
+    /// What the machine is trusted with.
+    Auto,
+    /// This one.
+    Fixed(Bbm),
 }
 
 /// Which clock the run is under; only the caller knows.
@@ -68,6 +82,20 @@ pub struct Params {
     pub slot_mib: Vec<u64>,
     /// Rounds of suites that loop while vCPUs run.
     pub rounds: u64,
+    /// Policies of splitting; suites that do not compare them take the first.
+    pub splitting: Vec<Policy>,
+    /// Break-before-make levels; suites that do not compare them take the first.
+    pub bbm: Vec<Choice>,
+    /// Blocks broken under one pair of invalidations.
+    pub bbm_batch: usize,
+    /// Bytes split between pauses.
+    pub chunk: Level,
+    /// Length of a pause.
+    pub pause_us: u64,
+    /// Level 2 is used on a CPU that does not have it, too.
+    pub unsafe_bbm: bool,
+    /// How long suites run that run for a time.
+    pub seconds: u64,
 }
 
 impl Default for Params {
@@ -88,6 +116,13 @@ impl Default for Params {
             trust_hpfar: false,
             slot_mib: Vec::from([1024]),
             rounds: 16,
+            splitting: Vec::from([Policy::Fault]),
+            bbm: Vec::from([Choice::Auto]),
+            bbm_batch: 16,
+            chunk: Level::L1,
+            pause_us: 0,
+            unsafe_bbm: false,
+            seconds: 5,
         }
     }
 }
@@ -97,13 +132,15 @@ const SIZES: [(&str, u64, Level); 3] = [
     ("2m", 2 << 20, Level::L2),
     ("1g", 1 << 30, Level::L1),
 ];
-const SUITES: [(&str, Suite); 6] = [
+const SUITES: [(&str, Suite); 8] = [
     ("none", Suite::None),
     ("dirty", Suite::Dirty),
     ("verify", Suite::Verify),
     ("selftest", Suite::Selftest),
     ("get", Suite::Get),
     ("starve", Suite::Starve),
+    ("split", Suite::Split),
+    ("churn", Suite::Churn),
 ];
 const TIMINGS: [(&str, Timing); 3] = [
     ("insn", Timing::Insn),
@@ -114,6 +151,17 @@ const LOCKINGS: [(&str, Locking); 3] = [
     ("mutex", Locking::Mutex),
     ("rwlock", Locking::Rwlock),
     ("lockless", Locking::Lockless),
+];
+const POLICIES: [(&str, Policy); 4] = [
+    ("fault", Policy::Fault),
+    ("fault-empty", Policy::FaultEmpty),
+    ("enable", Policy::Enable),
+    ("clear", Policy::Clear),
+];
+const CHOICES: [(&str, Choice); 3] = [
+    ("auto", Choice::Auto),
+    ("0", Choice::Fixed(Bbm::Zero)),
+    ("2", Choice::Fixed(Bbm::Two)),
 ];
 const ORDERS: [(&str, bool); 2] = [("sequential", false), ("random", true)];
 const BITS: [(&str, bool); 2] = [("0", false), ("1", true)];
@@ -152,6 +200,13 @@ impl Params {
             "hpfar" => self.trust_hpfar = named(key, value, &SOURCES)?,
             "slot-mib" => self.slot_mib = list(value, |word| number(key, word, 2, 1 << 24))?,
             "rounds" => self.rounds = number(key, value, 1, 1 << 20)?,
+            "splitting" => self.splitting = list(value, |word| named(key, word, &POLICIES))?,
+            "bbm" => self.bbm = list(value, |word| named(key, word, &CHOICES))?,
+            "bbm-batch" => self.bbm_batch = number(key, value, 1, MOST_BATCH)?,
+            "chunk" => self.chunk = block(key, value)?,
+            "pause-us" => self.pause_us = number(key, value, 0, 1_000_000)?,
+            "unsafe-bbm" => self.unsafe_bbm = named(key, value, &BITS)?,
+            "seconds" => self.seconds = number(key, value, 1, 3600)?,
             _ => {
                 return Err(format!(
                     "boot argument '{key}={value}': there is no key '{key}'"
@@ -159,6 +214,23 @@ impl Params {
             }
         }
         Ok(())
+    }
+
+    /// The break-before-make levels asked for, on a machine whose CPUs all have level `found` of FEAT_BBM and that is trusted
+    /// with `auto`.
+    ///
+    /// # Errors
+    ///
+    /// Level 2 where the CPUs do not have it, unless that is what is wanted.
+    pub fn bbm_levels(&self, found: u32, auto: Bbm) -> Result<Vec<Bbm>, String> {
+        let level = |choice: &Choice| match *choice {
+            Choice::Auto => Ok(auto),
+            Choice::Fixed(Bbm::Two) if found < 2 && !self.unsafe_bbm => Err(format!(
+                "boot argument 'bbm=2': the CPU has level {found} of FEAT_BBM only; unsafe-bbm=1 would show what happens"
+            )),
+            Choice::Fixed(level) => Ok(level),
+        };
+        self.bbm.iter().map(level).collect()
     }
 }
 
@@ -207,6 +279,18 @@ fn size(key: &str, value: &str) -> Result<(u64, Level), String> {
     )
 }
 
+fn block(key: &str, value: &str) -> Result<Level, String> {
+    let blocks = SIZES.iter().filter(|(_, _, level)| *level != Level::L3);
+    let found = blocks.clone().find(|(name, ..)| *name == value);
+    found.map(|(_, _, level)| *level).ok_or_else(|| {
+        let names: Vec<&str> = blocks.map(|(name, ..)| *name).collect();
+        format!(
+            "boot argument '{key}={value}': that is not a block size; {key} is one of {}",
+            names.join(", ")
+        )
+    })
+}
+
 fn number<T>(key: &str, value: &str, low: T, high: T) -> Result<T, String>
 where
     T: FromStr + PartialOrd + core::fmt::Display,
@@ -227,14 +311,15 @@ fn list<T>(value: &str, item: impl Fn(&str) -> Result<T, String>) -> Result<Vec<
 mod tests {
     use std::vec;
 
-    use super::{Params, Suite, Timing, size_name, stride_name};
-    use crate::mmu::{Level, Locking};
+    use super::{Choice, POLICIES, Params, Suite, Timing, size_name, stride_name};
+    use crate::mmu::{Bbm, Level, Locking, Policy};
 
     #[test]
     fn everything_can_be_said() {
         let params = Params::parse(
             "quiet suite=dirty vcpus=1,2,64 locking=mutex,lockless mib=4 iterations=3 write-percent=10 order=random \
-             seed=9 stride=2m backing=1g initially-all-set=1 timing=insn hpfar=trust slot-mib=16384 rounds=5",
+             seed=9 stride=2m backing=1g initially-all-set=1 timing=insn hpfar=trust slot-mib=16384 rounds=5 \
+             splitting=clear,fault-empty bbm=auto,2 bbm-batch=64 chunk=2m pause-us=20 unsafe-bbm=1 seconds=60",
         )
         .unwrap();
         let expected = Params {
@@ -253,6 +338,13 @@ mod tests {
             trust_hpfar: true,
             slot_mib: vec![16384],
             rounds: 5,
+            splitting: vec![Policy::Clear, Policy::FaultEmpty],
+            bbm: vec![Choice::Auto, Choice::Fixed(Bbm::Two)],
+            bbm_batch: 64,
+            chunk: Level::L2,
+            pause_us: 20,
+            unsafe_bbm: true,
+            seconds: 60,
         };
         assert_eq!(params, expected);
         assert_eq!(size_name(params.backing), "1g");
@@ -269,6 +361,11 @@ mod tests {
             ("mib=-1", "1 to"),
             ("write-percent=101", "0 to 100"),
             ("mib=99999999999999999999999", "1 to"),
+            ("splitting=eager", "fault, fault-empty, enable, clear"),
+            ("bbm=1", "auto, 0, 2"),
+            ("bbm-batch=65", "1 to 64"),
+            ("chunk=3m", "not a block size; chunk is one of 2m, 1g"),
+            ("chunk=4k", "not a block size"),
         ] {
             let error = Params::parse(word).unwrap_err();
             assert!(error.contains(word) && error.contains(says), "{error}");
@@ -279,5 +376,31 @@ mod tests {
     #[test]
     fn nothing_said_means_the_defaults() {
         assert_eq!(Params::parse("").unwrap(), Params::default());
+    }
+
+    #[test]
+    fn level_2_is_refused_on_a_cpu_without_it_unless_that_is_wanted() {
+        let levels = |words: &str, found, auto| {
+            let params = Params::parse(words).unwrap();
+            params.bbm_levels(found, auto)
+        };
+        assert_eq!(levels("", 2, Bbm::Two), Ok(vec![Bbm::Two]));
+        assert_eq!(
+            levels("bbm=auto,0,2", 2, Bbm::Zero),
+            Ok(vec![Bbm::Zero, Bbm::Zero, Bbm::Two])
+        );
+        let refused = levels("bbm=0,2", 1, Bbm::Zero).unwrap_err();
+        assert!(refused.contains("level 1") && refused.contains("unsafe-bbm"));
+        assert_eq!(
+            levels("bbm=2 unsafe-bbm=1", 0, Bbm::Zero),
+            Ok(vec![Bbm::Two])
+        );
+    }
+
+    #[test]
+    fn policies_are_called_what_the_mmu_calls_them() {
+        for (name, policy) in POLICIES {
+            assert_eq!(policy.name(), name);
+        }
     }
 }

@@ -7,11 +7,14 @@ use alloc::vec;
 use alloc::vec::Vec;
 use core::fmt::Display;
 
-use crate::addr::{Ipa, PAGE_BYTES, to_index};
+use crate::addr::{Ipa, PAGE_BYTES, Pa, to_index};
+use crate::arch;
 use crate::guest::abi::{self, op, status};
 use crate::mem::{self, frames};
+use crate::mmu::descriptor::Leaf;
 use crate::mmu::{
-    Contents, Extent, Level, Locking, Memory, PageSet, SlotConfig, SlotId, Splitting, Stage2,
+    Bbm, Contents, Extent, Level, Locking, Memory, PageSet, Policy, SlotConfig, SlotId, Splitting,
+    Stage2,
 };
 use crate::sync::percpu;
 use crate::sync::quiescence::CpuId;
@@ -25,6 +28,8 @@ pub(super) struct Stage<'a> {
     pub(super) host: &'static Host,
     pub(super) params: &'a Params,
     pub(super) guest: &'a [u8],
+    /// The break-before-make levels that the parameters come to on this machine.
+    pub(super) bbm: Vec<Bbm>,
 }
 
 /// A VM that differs from what the parameters say.
@@ -33,6 +38,7 @@ pub(super) struct Cast {
     pub(super) locking: Locking,
     pub(super) vcpus: usize,
     pub(super) backing: Level,
+    pub(super) splitting: Splitting,
     /// Bytes of each vCPU's region.
     pub(super) region_bytes: u64,
 }
@@ -59,12 +65,32 @@ pub(super) struct Outcome {
 const BLOCK: u64 = 2 << 20;
 
 impl Stage<'_> {
-    /// The cast that the parameters say, for one of the modes and counts.
+    /// How blocks are split by `policy` at `bbm`, the rest as the parameters say.
+    pub(super) fn splitting(&self, policy: Policy, bbm: Bbm) -> Splitting {
+        let ticks = u128::from(self.params.pause_us) * u128::from(arch::counter_hz()) / 1_000_000;
+        Splitting {
+            policy,
+            bbm,
+            batch: self.params.bbm_batch,
+            chunk_bytes: self.params.chunk.span_bytes(),
+            pause_ticks: u64::try_from(ticks).unwrap_or(u64::MAX),
+        }
+    }
+
+    /// The cast that the parameters say, for one of the modes and counts, with the first policy and level named.
     pub(super) fn cast(&self, locking: Locking, vcpus: usize) -> Cast {
         Cast {
             locking,
             vcpus,
             backing: self.params.backing,
+            splitting: self.splitting(
+                self.params
+                    .splitting
+                    .first()
+                    .copied()
+                    .unwrap_or(Policy::Fault),
+                self.bbm.first().copied().unwrap_or(Bbm::Zero),
+            ),
             region_bytes: self.params.mib << 20,
         }
     }
@@ -77,11 +103,14 @@ impl Stage<'_> {
         let data_bytes = cast.region_bytes * cast.vcpus as u64;
         let mut memory = Vec::new();
         let system = reserve(&mut memory, system_bytes, abi::RAM, Level::L2)?;
-        let data = reserve(&mut memory, data_bytes, abi::DATA, cast.backing)?;
+        let mut data = reserve(&mut memory, data_bytes, abi::DATA, cast.backing)?;
+        if cast.splitting.policy == Policy::FaultEmpty {
+            keep_zeros(&mut data);
+        }
         let config = VmConfig {
             vcpus: cast.vcpus,
             locking: cast.locking,
-            splitting: Splitting::default(),
+            splitting: cast.splitting,
             trust_hpfar: self.params.trust_hpfar,
             entry: Ipa::new(abi::IMAGE),
         };
@@ -157,6 +186,18 @@ fn reserve(
         writable: true,
         contents: Contents::Zero,
     })
+}
+
+/// Zeroes the memory now, so that it may be unmapped and mapped again without being zeroed then.
+fn keep_zeros(slot: &mut SlotConfig) {
+    slot.contents = Contents::Keep;
+    for extent in &slot.backing {
+        for page in 0..extent.bytes / PAGE_BYTES {
+            let page = Pa::new(extent.pa.raw() + page * PAGE_BYTES);
+            // SAFETY: The page was reserved for this slot, which no VM has yet.
+            unsafe { arch::zero_page(page) };
+        }
+    }
 }
 
 /// What a VM refuses, in the run's words.
@@ -248,6 +289,64 @@ impl Scene {
     pub(super) fn write(&self, ipa: Ipa, data: &[u8]) -> Result<(), Refusal> {
         let written = self.stage2().copy_to_guest(cpu(), ipa, data);
         written.map_err(|error| format!("cannot write to the guest: {error}"))
+    }
+
+    /// How the logged memory is mapped.
+    pub(super) fn leaves(&self) -> Vec<(Ipa, Level, Leaf)> {
+        let mut leaves = Vec::new();
+        self.stage2().for_each_leaf(cpu(), |ipa, level, leaf| {
+            if ipa >= Ipa::new(abi::DATA) {
+                leaves.push((ipa, level, leaf));
+            }
+        });
+        leaves
+    }
+
+    /// A hash of the logged memory (FNV-1a over words, one state a page, then over those).
+    pub(super) fn hash(&self) -> Result<u64, Refusal> {
+        const BASIS: u64 = 0xcbf2_9ce4_8422_2325;
+        const PRIME: u64 = 0x0100_0000_01b3;
+        let mix = |hash: u64, word: u64| (hash ^ word).wrapping_mul(PRIME);
+        let mut page = vec![0; to_index(PAGE_BYTES)];
+        let mut whole = BASIS;
+        for number in 0..self.pages() {
+            self.read(Ipa::new(abi::DATA + number * PAGE_BYTES), &mut page)?;
+            let words = page.chunks_exact(8).map(|bytes| {
+                bytes
+                    .iter()
+                    .rev()
+                    .fold(0, |word, byte| word << 8 | u64::from(*byte))
+            });
+            whole = mix(whole, words.fold(BASIS, mix));
+        }
+        Ok(whole)
+    }
+
+    /// Has every vCPU store at random, until [`Scene::end_run`].
+    pub(super) fn run_freely(&self, seed: u64) -> Result<(), Refusal> {
+        self.set_stop(0)?;
+        let pages = self.cast.region_bytes / PAGE_BYTES;
+        self.post(|vcpu| Command {
+            op: op::FREE_RUN,
+            args: [self.region(vcpu), pages, seed + vcpu as u64, 0, 0],
+        });
+        Ok(())
+    }
+
+    /// Ends what [`Scene::run_freely`] began; how many stores there were.
+    pub(super) fn end_run(&self) -> Result<u64, Refusal> {
+        self.set_stop(1)?;
+        Ok(self
+            .wait_all()?
+            .iter()
+            .map(|outcome| outcome.results[0])
+            .sum())
+    }
+
+    /// Tells all vCPUs to leave their free run, or lets them enter one.
+    fn set_stop(&self, stop: u64) -> Result<(), Refusal> {
+        (0..self.cast.vcpus)
+            .try_for_each(|vcpu| self.write(Ipa::new(abi::area(vcpu as u64)), &stop.to_le_bytes()))
     }
 
     /// The guest's own log: one bit a page of the logged memory. Forgotten by the guest afterwards.

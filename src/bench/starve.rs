@@ -1,15 +1,11 @@
 //! Suite `starve`: how long the exclusive side of the MMU lock is waited for while every vCPU faults as fast as it can.
 //! The controller clears the log again and again, so that there is always something to fault on.
 
-use crate::addr::PAGE_BYTES;
-use crate::guest::abi::op;
-use crate::vm::Command;
-
 use super::Refusal;
 use super::clock::{Counts, Moment, timed};
 use super::report::{Row, progress};
 use super::scene::{Cast, Stage};
-use super::verify::{PATIENCE_NS, clear, logged, set_stop};
+use super::verify::{PATIENCE_NS, clear, logged};
 
 /// Exclusive acquisitions after each clear.
 const BURST: u64 = 8;
@@ -32,12 +28,7 @@ pub(super) fn run(stage: &Stage<'_>) -> Result<bool, Refusal> {
 
 fn case(stage: &Stage<'_>, cast: Cast) -> Result<bool, Refusal> {
     let scene = logged(stage, cast, false)?;
-    set_stop(&scene, 0)?;
-    let pages = cast.region_bytes / PAGE_BYTES;
-    scene.post(|vcpu| Command {
-        op: op::FREE_RUN,
-        args: [scene.region(vcpu), pages, 1 + vcpu as u64, 0, 0],
-    });
+    scene.run_freely(1)?;
     let before = Counts::now();
     let start = Moment::now();
     let (mut rounds, mut longest, mut sum, mut taken) = (0, 0, 0, 0);
@@ -56,8 +47,7 @@ fn case(stage: &Stage<'_>, cast: Cast) -> Result<bool, Refusal> {
         }
     }
     let row = Row::new("starve", "exclusive", stage.params.timing.name()).values(before.since());
-    set_stop(&scene, 1)?;
-    scene.wait_all()?;
+    scene.end_run()?;
     scene.close();
     row.param("vcpus", cast.vcpus)
         .word("locking", cast.locking.name())

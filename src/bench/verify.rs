@@ -5,11 +5,10 @@
 //! vCPUs stopped, a copy fed only by the reports must equal the guest's memory byte for byte.
 
 use alloc::format;
-use alloc::vec;
 use alloc::vec::Vec;
 
-use crate::addr::{Ipa, PAGE_BYTES, to_index};
-use crate::guest::abi::{self, flags, op};
+use crate::addr::PAGE_BYTES;
+use crate::guest::abi::{flags, op};
 use crate::mmu::{Level, PageSet};
 use crate::vm::Command;
 
@@ -18,8 +17,8 @@ use super::clock::Moment;
 use super::params::size_name;
 use super::report::{Row, progress};
 use super::scene::{Cast, Comparison, Scene, Stage, cpu};
+use super::shadow::Shadow;
 
-const PAGE: usize = to_index(PAGE_BYTES);
 /// How long vCPUs may write nothing new.
 pub(super) const PATIENCE_NS: u64 = 30_000_000_000;
 
@@ -58,6 +57,8 @@ fn row(stage: &Stage<'_>, case: &str, cast: Cast, all_set: bool) -> Row {
         .param("vcpus", cast.vcpus)
         .word("locking", cast.locking.name())
         .word("backing", size_name(cast.backing))
+        .word("splitting", cast.splitting.policy.name())
+        .param("bbm", cast.splitting.bbm.level())
         .param("mib_per_vcpu", stage.params.mib)
         .param("initially_all_set", all_set)
 }
@@ -128,53 +129,13 @@ fn stopped(stage: &Stage<'_>, cast: Cast, all_set: bool) -> Result<bool, Refusal
     Ok(sums.lost == 0 && sums.extra == 0)
 }
 
-/// A copy of the logged memory, page by page.
-struct Shadow(Vec<Vec<u8>>);
-
-impl Shadow {
-    fn new(pages: u64) -> Self {
-        Self((0..pages).map(|_| vec![0; PAGE]).collect())
-    }
-
-    fn copy(&mut self, scene: &Scene, page: u64) -> Result<(), Refusal> {
-        match self.0.get_mut(to_index(page)) {
-            Some(copy) => scene.read(Ipa::new(abi::DATA + page * PAGE_BYTES), copy),
-            None => Err(format!("page {page} was reported and does not exist")),
-        }
-    }
-
-    /// Pages that differ from the guest's memory.
-    fn differing(&self, scene: &Scene) -> Result<u64, Refusal> {
-        let mut now = vec![0; PAGE];
-        let mut differing = 0;
-        for (page, copy) in (0_u64..).zip(&self.0) {
-            scene.read(Ipa::new(abi::DATA + page * PAGE_BYTES), &mut now)?;
-            differing += u64::from(now != *copy);
-        }
-        Ok(differing)
-    }
-}
-
 fn running(stage: &Stage<'_>, cast: Cast, all_set: bool) -> Result<bool, Refusal> {
     let scene = logged(stage, cast, all_set)?;
     let mut shadow = Shadow::new(scene.pages());
     if !all_set {
-        for page in 0..scene.pages() {
-            shadow.copy(&scene, page)?;
-        }
+        shadow.copy_all(&scene)?;
     }
-    set_stop(&scene, 0)?;
-    let pages = cast.region_bytes / PAGE_BYTES;
-    scene.post(|vcpu| Command {
-        op: op::FREE_RUN,
-        args: [
-            scene.region(vcpu),
-            pages,
-            stage.params.seed + vcpu as u64,
-            0,
-            0,
-        ],
-    });
+    scene.run_freely(stage.params.seed)?;
     let (mut rounds, mut reported) = (0, 0);
     let start = Moment::now();
     // A round counts when there was something in it; vCPUs may need a while to begin.
@@ -182,20 +143,11 @@ fn running(stage: &Stage<'_>, cast: Cast, all_set: bool) -> Result<bool, Refusal
         let harvest = clear(&scene)?;
         rounds += u64::from(!harvest.is_empty());
         reported += harvest.len();
-        for page in harvest.pages() {
-            shadow.copy(&scene, page)?;
-        }
+        shadow.copy(&scene, &harvest)?;
     }
-    set_stop(&scene, 1)?;
-    let stores: u64 = scene
-        .wait_all()?
-        .iter()
-        .map(|outcome| outcome.results[0])
-        .sum();
+    let stores = scene.end_run()?;
     let last = clear(&scene)?;
-    for page in last.pages() {
-        shadow.copy(&scene, page)?;
-    }
+    shadow.copy(&scene, &last)?;
     let lost = shadow.differing(&scene)?;
     scene.close();
     row(stage, "running", cast, all_set)
@@ -206,10 +158,4 @@ fn running(stage: &Stage<'_>, cast: Cast, all_set: bool) -> Result<bool, Refusal
         .value("pages_lost", lost)
         .print();
     Ok(lost == 0 && rounds == stage.params.rounds)
-}
-
-/// Tells all vCPUs to leave their free run, or lets them enter one.
-pub(super) fn set_stop(scene: &Scene, stop: u64) -> Result<(), Refusal> {
-    (0..scene.cast.vcpus)
-        .try_for_each(|vcpu| scene.write(Ipa::new(abi::area(vcpu as u64)), &stop.to_le_bytes()))
 }
