@@ -45,10 +45,27 @@ impl Hardware {
         self.0.lock().unwrap().cached = None;
     }
 
+    /// A completed invalidation that reaches entries of pages only: one with a level hint.
+    pub(crate) fn invalidate_pages(&self) {
+        let mut state = self.0.lock().unwrap();
+        state.cached = state.cached.filter(|entry| !is_page(*entry));
+    }
+
+    /// A completed invalidation of the address at which the block around the page begins: the page has another.
+    pub(crate) fn invalidate_block(&self) {
+        let mut state = self.0.lock().unwrap();
+        state.cached = state.cached.filter(|entry| is_page(*entry));
+    }
+
     /// What a copy of the page made now holds.
     pub(crate) fn copy(&self) -> u64 {
         self.0.lock().unwrap().memory
     }
+}
+
+/// Whether an entry came from a page, not from a block.
+fn is_page(entry: Descriptor) -> bool {
+    entry.is_table(Level::L2)
 }
 
 /// A leaf for the page, or for the block around it.

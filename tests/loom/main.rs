@@ -7,9 +7,11 @@
 //! Loom explores executions with at most three preemptions (`LOOM_MAX_PREEMPTIONS` overrides).
 #![cfg(loom)]
 
+mod collapsing;
 mod dirty;
 mod freeing;
 mod hardware;
+mod splitting;
 mod structure;
 mod summary;
 mod vmid;
