@@ -29,7 +29,7 @@ use crate::mmu::eager::{Chosen, Split};
 use crate::mmu::error::Error;
 use crate::mmu::geometry::Level;
 use crate::mmu::pages::PageSet;
-use crate::mmu::protect::{Busy, protect_slot};
+use crate::mmu::protect::{Busy, Looked, protect_slot};
 use crate::mmu::slot::{Contents, MemorySlot, SlotId};
 use crate::mmu::splitting::Policy;
 use crate::mmu::stage2::Stage2;
@@ -307,8 +307,9 @@ impl Stage2 {
                 return Ok(());
             };
             if !at.found.is_table(at.level) {
-                protect_slot(at.slot, ipa, at.level, debt).map_err(|busy| (left, busy))?;
-                if !at.slot.load().is_table(at.level) {
+                let looked =
+                    protect_slot(at.slot, ipa, at.level, debt).map_err(|busy| (left, busy))?;
+                if looked == Looked::Done {
                     left &= !pages_below(ipa, at.level, slot, first);
                 }
                 continue;
@@ -321,7 +322,8 @@ impl Stage2 {
                     break;
                 }
                 if let Some(leaf) = table.get(Level::L3.index_of(page)) {
-                    protect_slot(leaf, page, Level::L3, debt).map_err(|busy| (left, busy))?;
+                    let _page =
+                        protect_slot(leaf, page, Level::L3, debt).map_err(|busy| (left, busy))?;
                 }
                 left &= left - 1;
             }

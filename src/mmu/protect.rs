@@ -19,6 +19,17 @@ use crate::sync::quiescence::{Active, CpuId};
 #[must_use]
 pub(crate) struct Busy;
 
+/// What was done about a slot is true of what the slot held at one moment: a second look could find a block again where
+/// a table was, split and collapsed meanwhile (`bad_second_look_at_a_block_loses_a_write` in `tests/loom`).
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[must_use]
+pub(crate) enum Looked {
+    /// It held a leaf or nothing, and is as it should be.
+    Done,
+    /// It held a table: look below.
+    Deeper,
+}
+
 /// Makes the leaf in `slot`, which translates `ipa`, read-only. Empty slots and tables are left alone.
 #[inline]
 pub(crate) fn protect_slot(
@@ -26,20 +37,23 @@ pub(crate) fn protect_slot(
     ipa: Ipa,
     level: Level,
     debt: &mut Debt<'_>,
-) -> Result<(), Busy> {
+) -> Result<Looked, Busy> {
     let mut found = slot.load();
     loop {
         if found.is_held() {
             return Err(Busy);
         }
-        if !found.is_leaf(level) || !found.is_writable() {
+        if found.is_table(level) {
+            return Ok(Looked::Deeper);
+        }
+        if !found.is_writable() {
             debt.join(ipa, level);
-            return Ok(());
+            return Ok(Looked::Done);
         }
         match slot.compare_and_swap(found, found.read_only()) {
             Ok(()) => {
                 debt.add(ipa, level);
-                return Ok(());
+                return Ok(Looked::Done);
             }
             Err(now) => found = now,
         }
@@ -47,17 +61,20 @@ pub(crate) fn protect_slot(
 }
 
 /// Makes the leaf in `slot` writable. Nothing is owed: a stale read-only entry costs one spurious fault.
-fn relax_slot(slot: &Slot, level: Level) -> Result<(), Busy> {
+fn relax_slot(slot: &Slot, level: Level) -> Result<Looked, Busy> {
     let mut found = slot.load();
     loop {
         if found.is_held() {
             return Err(Busy);
         }
+        if found.is_table(level) {
+            return Ok(Looked::Deeper);
+        }
         if !found.is_leaf(level) || found.is_writable() {
-            return Ok(());
+            return Ok(Looked::Done);
         }
         match slot.compare_and_swap(found, found.writable()) {
-            Ok(()) => return Ok(()),
+            Ok(()) => return Ok(Looked::Done),
             Err(now) => found = now,
         }
     }
@@ -68,7 +85,7 @@ impl Stage2 {
     pub(crate) fn protect_all(&self, cpu: CpuId, slot: &MemorySlot, debt: &mut Debt<'_>) {
         debt.add_everything();
         self.visit_slots(cpu, slot, |found, ipa, level, _| {
-            protect_slot(found, ipa, level, debt).map(|()| true)
+            protect_slot(found, ipa, level, debt).map(Some)
         });
     }
 
@@ -81,19 +98,19 @@ impl Stage2 {
                 .tagged(id.0)
                 .is_none_or(|view| view.log.is_some() || !view.slot.config.writable)
             {
-                return Ok(false);
+                return Ok(None);
             }
-            relax_slot(found, level).map(|()| true)
+            relax_slot(found, level).map(Some)
         });
     }
 
-    /// Calls `visit` with every slot that decides about memory of `slot`, until it says false: inside sections, under the
+    /// Calls `visit` with every slot that decides about memory of `slot`, until it says `None`: inside sections, under the
     /// shared lock, waiting outside both for what is busy. A block that becomes a table meanwhile is visited leaf by leaf.
     fn visit_slots(
         &self,
         cpu: CpuId,
         slot: &MemorySlot,
-        mut visit: impl FnMut(&Slot, Ipa, Level, &Active<'_>) -> Result<bool, Busy>,
+        mut visit: impl FnMut(&Slot, Ipa, Level, &Active<'_>) -> Result<Option<Looked>, Busy>,
     ) {
         let mut ipa = slot.config.ipa;
         while ipa < slot.end() {
@@ -113,7 +130,7 @@ impl Stage2 {
         cpu: CpuId,
         ipa: Ipa,
         end: Ipa,
-        visit: &mut impl FnMut(&Slot, Ipa, Level, &Active<'_>) -> Result<bool, Busy>,
+        visit: &mut impl FnMut(&Slot, Ipa, Level, &Active<'_>) -> Result<Option<Looked>, Busy>,
     ) -> Result<Ipa, (Ipa, Busy)> {
         let active = self.services.quiescence.enter(cpu);
         let _guard = self.lock.share();
@@ -122,14 +139,11 @@ impl Stage2 {
         };
         let next = Ipa::new(ipa.align_down(at.level.span_bytes()).raw() + at.level.span_bytes());
         if !at.found.is_table(at.level) {
-            if !visit(at.slot, ipa, at.level, &active).map_err(|busy| (ipa, busy))? {
-                return Ok(end);
-            }
-            // A block may have become a table meanwhile; then its leaves are looked at one by one.
-            return Ok(if at.slot.load().is_table(at.level) {
-                ipa
-            } else {
-                next
+            let looked = visit(at.slot, ipa, at.level, &active).map_err(|busy| (ipa, busy))?;
+            return Ok(match looked {
+                Some(Looked::Done) => next,
+                Some(Looked::Deeper) => ipa,
+                None => end,
             });
         }
         let mut page = ipa;
@@ -140,7 +154,8 @@ impl Stage2 {
             if page >= end {
                 break;
             }
-            if !visit(slot, page, Level::L3, &active).map_err(|busy| (page, busy))? {
+            let looked = visit(slot, page, Level::L3, &active).map_err(|busy| (page, busy))?;
+            if looked.is_none() {
                 return Ok(end);
             }
             page = Ipa::new(page.raw() + Level::L3.span_bytes());

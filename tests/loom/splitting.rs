@@ -126,6 +126,55 @@ impl Tree {
     }
 }
 
+/// `clear` meets a block on its way through a split and a collapse, which both keep what it says.
+fn second_look(clear: fn(&Slot) -> bool) {
+    check(move || {
+        let block = leaf(true, Level::L2);
+        let slot = Arc::new(Slot::new(block));
+        let other = {
+            let slot = Arc::clone(&slot);
+            thread::spawn(move || {
+                // Either step fails if the block was protected first, and what follows keeps the permission.
+                if slot.compare_and_swap(block, TABLE).is_ok() {
+                    assert!(slot.compare_and_swap(TABLE, block).is_ok());
+                }
+            })
+        };
+        let protected = clear(&slot);
+        other.join().unwrap();
+        assert!(
+            !(protected && slot.load().is_writable()),
+            "a write was lost"
+        );
+    });
+}
+
+/// Protects the leaf, if it is one; whether it was.
+fn protect_leaf(slot: &Slot) -> bool {
+    let mut found = slot.load();
+    while found.is_leaf(Level::L2) {
+        match slot.compare_and_swap(found, found.read_only()) {
+            Ok(()) => return true,
+            Err(now) => found = now,
+        }
+    }
+    false
+}
+
+#[test]
+fn good_clear_believes_what_it_saw_at_one_moment() {
+    second_look(protect_leaf);
+}
+
+#[test]
+#[should_panic = "a write was lost"]
+fn bad_second_look_at_a_block_loses_a_write() {
+    second_look(|slot| {
+        protect_leaf(slot);
+        !slot.load().is_table(Level::L2)
+    });
+}
+
 fn against(split: impl Fn(&Tree) + Copy + Send + Sync + 'static, work: fn(&Tree), dirty: bool) {
     check(move || {
         let tree = Tree::new(dirty);

@@ -12,7 +12,7 @@ use vellum::sync::quiescence::CpuId;
 use vellum::trace::Event;
 
 use crate::events::{NESTING, at_each, is_notable};
-use crate::flat::Vm;
+use crate::flat::{Vm, usize_of};
 use crate::rig::{BLOCK_BYTES, Interruptions, Plan, Rig};
 use crate::splitting::{
     GIB, LEVELS, always_reaches, everywhere, levels, of_blocks, of_one_gib, page, plan,
@@ -41,7 +41,7 @@ fn good_disable_restores_exactly_the_leaves_from_before() {
                 rig.check(&vm);
                 arch::dsb_ish();
                 for number in 0..2048 {
-                    rig.write(1 + (number % 3) as usize, page(number));
+                    rig.write(1 + usize_of(number % 3), page(number));
                 }
                 assert_eq!(rig.leaves(&vm), before);
             }

@@ -46,10 +46,10 @@ pub(crate) fn at_each(
 /// Whether an event is worth an interruption when whole tables are filled and frozen: of the descriptors those that make
 /// or break something, and one leaf in 64 of those that are only written into a new table or frozen.
 pub(crate) fn is_notable(event: &Event) -> bool {
-    const VALID: u64 = 1;
+    const VALID_AND_TYPE: u64 = 0b11;
     let Event::Descriptor { slot, old, new } = *event else {
         return true;
     };
-    let changes_size = (old ^ new) & VALID != 0 && old != 0 || (old ^ new) & 0b10 != 0 && old != 0;
+    let changes_size = old != 0 && (old ^ new) & VALID_AND_TYPE != 0;
     changes_size || slot.raw() / 8 % 64 == 5
 }

@@ -16,7 +16,7 @@ use vellum::sync::quiescence::CpuId;
 use vellum::trace::Event;
 
 use crate::events::{NESTING, at_each, is_notable};
-use crate::flat::Vm;
+use crate::flat::{Vm, usize_of};
 use crate::rig::{BLOCK_BYTES, Ended, Interruptions, MODES, Plan, RAM, Rig};
 
 pub(crate) const LEVELS: [Bbm; 2] = [Bbm::Zero, Bbm::Two];
@@ -333,7 +333,7 @@ fn good_without_frames_the_rest_is_left_whole_and_reported_and_faults_go_on() {
             let rig = Rig::new(plan(Policy::Enable, bbm));
             let vm = of_blocks(&rig, 6);
             rig.frames
-                .store(frames as usize, core::sync::atomic::Ordering::Relaxed);
+                .store(usize_of(frames), core::sync::atomic::Ordering::Relaxed);
             let split = rig.enable(0, &vm, 0, false);
             assert_eq!(
                 split,
@@ -342,11 +342,11 @@ fn good_without_frames_the_rest_is_left_whole_and_reported_and_faults_go_on() {
                     left: 6 - frames
                 }
             );
-            let left = usize::try_from(6 - frames).expect("few");
+            let left = usize_of(6 - frames);
             assert_eq!(levels(&rig.leaves(&vm)), (0, left, 512 * (6 - left)));
             for number in 0..6 * 512 {
                 assert_eq!(
-                    rig.write(1 + (number % 3) as usize, page(number)),
+                    rig.write(1 + usize_of(number % 3), page(number)),
                     Ended::Done
                 );
             }
