@@ -1,5 +1,6 @@
 //! Host tests of the shipped MMU on the fake machine: `protocol` entry point by entry point, `splitting` and `collapsing`
-//! changes of size, `random` programs of many steps against a flat model.
+//! changes of size, `random` programs of many steps against a flat model, `threads` on real
+//! threads.
 #![cfg(not(loom))]
 
 mod collapsing;
@@ -9,3 +10,4 @@ mod protocol;
 mod random;
 mod rig;
 mod splitting;
+mod threads;
