@@ -43,9 +43,9 @@ const MODES: &str = "locking=mutex,rwlock,lockless";
 pub(super) fn all(board: &Board, soak: bool) -> Vec<Case> {
     let size = if soak {
         Size {
-            mib: 64,
+            mib: 16,
             iterations: 5,
-            rounds: 200,
+            rounds: 64,
             vcpus: 8,
         }
     } else {
