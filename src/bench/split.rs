@@ -41,7 +41,7 @@ const READ_MOSTLY: Workload = Workload {
 };
 
 /// How long vCPUs run before and after they are split under.
-const LEAD_NS: u64 = 20_000_000;
+const LEAD_NS: u64 = 100_000_000;
 
 /// Event counts of a phase, by name.
 type Counted = Vec<(&'static str, u64)>;

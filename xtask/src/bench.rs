@@ -8,6 +8,7 @@ mod fault;
 mod get;
 mod options;
 mod rows;
+mod split;
 mod starve;
 
 use std::io::IsTerminal as _;
@@ -33,7 +34,8 @@ pub(crate) use rows::Row;
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// dirty: the phases of dirty logging; fault: instructions of one write fault, over CPU models; get: cost of reading
-    /// few dirty pages of large slots; starve: how long the exclusive side of the MMU lock waits for faulting vCPUs
+    /// few dirty pages of large slots; starve: how long the exclusive side of the MMU lock waits for faulting vCPUs; split: splitting blocks by
+    /// faults and eagerly, at break-before-make levels 2 and 0, and what vCPUs notice of it
     #[arg(default_value = "dirty", value_name = "SUITE")]
     suites: Vec<Suite>,
     #[command(flatten)]
@@ -58,6 +60,7 @@ pub(crate) enum Suite {
     Fault,
     Get,
     Starve,
+    Split,
 }
 
 /// One boot.
@@ -69,7 +72,13 @@ pub(crate) struct Job {
 }
 
 impl Suite {
-    const ALL: [Self; 4] = [Self::Dirty, Self::Fault, Self::Get, Self::Starve];
+    const ALL: [Self; 5] = [
+        Self::Dirty,
+        Self::Fault,
+        Self::Get,
+        Self::Starve,
+        Self::Split,
+    ];
 
     fn name(self) -> &'static str {
         match self {
@@ -77,6 +86,7 @@ impl Suite {
             Self::Fault => "fault",
             Self::Get => "get",
             Self::Starve => "starve",
+            Self::Split => "split",
         }
     }
 
@@ -86,6 +96,7 @@ impl Suite {
             Self::Fault => fault::jobs(options, board),
             Self::Get => get::jobs(options, board),
             Self::Starve => starve::jobs(options, board),
+            Self::Split => split::jobs(options, board),
         }
     }
 
@@ -95,6 +106,7 @@ impl Suite {
             Self::Fault => fault::report(rows),
             Self::Get => get::report(rows),
             Self::Starve => starve::report(rows),
+            Self::Split => split::report(rows),
         }
     }
 
@@ -104,6 +116,7 @@ impl Suite {
             Self::Fault => fault::charts(rows),
             Self::Get => get::charts(rows),
             Self::Starve => starve::charts(rows),
+            Self::Split => split::charts(rows),
         }
     }
 }

@@ -63,6 +63,25 @@ pub(crate) struct Options {
     /// RAM of the machine [default: what the guest needs]
     #[arg(long, value_name = "MIB")]
     pub(crate) memory: Option<u64>,
+    /// When blocks are split: fault-empty, fault, enable, clear; suite split compares all, the others take the first [default
+    /// there: fault]
+    #[arg(long, value_delimiter = ',', value_parser = ["fault-empty", "fault", "enable", "clear"], value_name = "POLICY,..")]
+    pub(crate) splitting: Vec<String>,
+    /// Break-before-make levels: auto (what the CPU has), 0, 2 [default: auto; suite split: 2 and 0]
+    #[arg(long, value_delimiter = ',', value_parser = ["auto", "0", "2"], value_name = "LEVEL,..")]
+    pub(crate) bbm: Vec<String>,
+    /// Level 0: blocks broken under one pair of invalidations, 1 to 64; 1 is what KVM does [default: 16]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub(crate) bbm_batch: Option<u32>,
+    /// Memory that is split between two pauses: 2m, 1g [default: 1g]
+    #[arg(long, value_name = "SIZE", value_parser = block_size)]
+    pub(crate) chunk: Option<String>,
+    /// Microseconds to pause between chunks [default: 0]
+    #[arg(long, value_name = "US", value_parser = clap::value_parser!(u32).range(0..=1_000_000))]
+    pub(crate) pause: Option<u32>,
+    /// Use level 2 on a CPU without it, to see what happens
+    #[arg(long)]
+    pub(crate) unsafe_bbm: bool,
     /// The sizes of the published measurements: 1 to 64 vCPUs
     #[arg(long)]
     pub(crate) full: bool,
@@ -97,6 +116,14 @@ impl FromStr for Locking {
             .into_iter()
             .find(|mode| mode.name() == name)
             .ok_or_else(|| format!("known modes: {}", known()))
+    }
+}
+
+/// A size that a block can have.
+fn block_size(name: &str) -> Result<String, String> {
+    match name {
+        "2m" | "1g" => Ok(name.to_owned()),
+        _ => Err("not a block size; those are 2m, 1g".to_owned()),
     }
 }
 
@@ -184,6 +211,13 @@ impl Options {
             format!("initially-all-set={}", u8::from(self.initially_all_set)),
         ];
         words.extend(self.hpfar.iter().map(|source| format!("hpfar={source}")));
+        for (key, list) in [("splitting", &self.splitting), ("bbm", &self.bbm)] {
+            words.extend((!list.is_empty()).then(|| format!("{key}={}", list.join(","))));
+        }
+        words.extend(self.bbm_batch.map(|batch| format!("bbm-batch={batch}")));
+        words.extend(self.chunk.iter().map(|chunk| format!("chunk={chunk}")));
+        words.extend(self.pause.map(|pause| format!("pause-us={pause}")));
+        words.extend(self.unsafe_bbm.then(|| "unsafe-bbm=1".to_owned()));
         words.join(" ")
     }
 }
@@ -228,17 +262,29 @@ pub(super) mod tests {
             "2m",
             "--hpfar",
             "trust",
+            "--splitting",
+            "enable,clear",
+            "--bbm",
+            "0",
+            "--bbm-batch",
+            "4",
+            "--chunk",
+            "2m",
+            "--pause",
+            "20",
+            "--unsafe-bbm",
         ];
         let options = options(&words).expect("good options");
         let append = options.append("dirty", &[1, 2], Timing::Insn);
         let expected = "suite=dirty timing=insn vcpus=1,2 locking=rwlock,mutex mib=16 iterations=5 write-percent=100 \
-                        order=random seed=7 stride=2m backing=4k initially-all-set=0 hpfar=trust";
+                        order=random seed=7 stride=2m backing=4k initially-all-set=0 hpfar=trust \
+                        splitting=enable,clear bbm=0 bbm-batch=4 chunk=2m pause-us=20 unsafe-bbm=1";
         assert_eq!(append, expected);
     }
 
     #[test]
     fn wrong_names_and_numbers_are_refused() {
-        let wrong: [&[&str]; 8] = [
+        let wrong: [&[&str]; 12] = [
             &["--locking", "ticket"],
             &["--vcpus", "0"],
             &["--vcpus", "two"],
@@ -247,6 +293,10 @@ pub(super) mod tests {
             &["--stride", "8k"],
             &["--timing", "sundial"],
             &["--hpfar", "maybe"],
+            &["--splitting", "eager"],
+            &["--bbm", "1"],
+            &["--bbm-batch", "65"],
+            &["--chunk", "3m"],
         ];
         for words in wrong {
             assert!(options(words).is_err(), "{words:?}");
