@@ -210,6 +210,7 @@ fn live(stage: &Stage<'_>, cast: Cast) -> Result<bool, Refusal> {
     let during = eager.counts.iter().copied();
     let row = row(stage, "live", cast)
         .value("stores", stores)
+        .value("blocks_left", eager.split.left)
         .values(during.filter(|(event, _)| name(event)))
         .values(times);
     told(row, &eager, &end).print();

@@ -8,6 +8,7 @@ mod checks;
 mod emulated;
 mod host;
 mod soak;
+mod splitting;
 
 use std::process::ExitCode;
 

@@ -37,7 +37,8 @@ pub(super) enum Expect {
     Refusal(&'static str),
 }
 
-const MODES: &str = "locking=mutex,rwlock,lockless";
+/// All locking modes.
+pub(super) const MODES: &str = "locking=mutex,rwlock,lockless";
 
 /// Every case, at full size under `soak`.
 pub(super) fn all(board: &Board, soak: bool) -> Vec<Case> {
@@ -59,6 +60,7 @@ pub(super) fn all(board: &Board, soak: bool) -> Vec<Case> {
     let table = Table {
         board,
         size,
+        soak,
         seconds: if soak { 1800 } else { 60 },
     };
     let groups = [
@@ -67,32 +69,36 @@ pub(super) fn all(board: &Board, soak: bool) -> Vec<Case> {
         table.models(),
         table.patterns(),
         table.figures(),
+        table.splitting(),
         table.refusals(),
     ];
     groups.into_iter().flatten().collect()
 }
 
-struct Size {
-    mib: u64,
+/// How large a run is.
+pub(super) struct Size {
+    pub(super) mib: u64,
     iterations: u32,
     rounds: u32,
     vcpus: u32,
 }
 
-struct Table<'a> {
+/// What cases are made from.
+pub(super) struct Table<'a> {
     board: &'a Board,
-    size: Size,
+    pub(super) size: Size,
+    pub(super) soak: bool,
     seconds: u64,
 }
 
 impl Table<'_> {
-    fn machine(&self, change: impl FnOnce(&mut Machine)) -> Machine {
+    pub(super) fn machine(&self, change: impl FnOnce(&mut Machine)) -> Machine {
         let mut machine = Machine::of(self.board);
         change(&mut machine);
         machine
     }
 
-    fn case(
+    pub(super) fn case(
         &self,
         name: impl Into<String>,
         machine: Machine,

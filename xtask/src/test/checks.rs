@@ -170,7 +170,8 @@ pub(super) fn every_mode_completes(runs: &[Transcript]) -> Verdict {
     every_mode(runs)
 }
 
-fn every_mode(runs: &[Transcript]) -> Verdict {
+/// A row for each of the three modes.
+pub(super) fn every_mode(runs: &[Transcript]) -> Verdict {
     for mode in ["mutex", "rwlock", "lockless"] {
         let mut rows = runs.iter().flat_map(|run| &run.rows).map(row);
         if !rows.any(|row| row.param("locking") == mode) {
@@ -180,7 +181,8 @@ fn every_mode(runs: &[Transcript]) -> Verdict {
     Ok(())
 }
 
-fn each(runs: &[Transcript], check: impl Fn(&Row) -> Verdict) -> Verdict {
+/// `check` holds of every row, and there is one.
+pub(super) fn each(runs: &[Transcript], check: impl Fn(&Row) -> Verdict) -> Verdict {
     let mut count = 0;
     for measured in runs.iter().flat_map(|run| &run.rows) {
         let row = row(measured);
@@ -200,7 +202,8 @@ fn each(runs: &[Transcript], check: impl Fn(&Row) -> Verdict) -> Verdict {
     }
 }
 
-fn row(measured: &Measured) -> Row {
+/// A row as the checks read it.
+pub(super) fn row(measured: &Measured) -> Row {
     Row::new(
         measured.clone(),
         &measured.suite,
@@ -210,11 +213,13 @@ fn row(measured: &Measured) -> Row {
     )
 }
 
-fn value(row: &Row, key: &str) -> Result<f64, String> {
+/// A value that must be there.
+pub(super) fn value(row: &Row, key: &str) -> Result<f64, String> {
     row.value(key).ok_or_else(|| format!("no value {key}"))
 }
 
-fn same(row: &Row, key: &str, expected: f64) -> Verdict {
+/// A value that must be this.
+pub(super) fn same(row: &Row, key: &str, expected: f64) -> Verdict {
     let found = value(row, key)?;
     if found == expected {
         Ok(())
