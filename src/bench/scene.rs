@@ -311,12 +311,8 @@ impl Scene {
         let mut whole = BASIS;
         for number in 0..self.pages() {
             self.read(Ipa::new(abi::DATA + number * PAGE_BYTES), &mut page)?;
-            let words = page.chunks_exact(8).map(|bytes| {
-                bytes
-                    .iter()
-                    .rev()
-                    .fold(0, |word, byte| word << 8 | u64::from(*byte))
-            });
+            let (words, _) = page.as_chunks::<8>();
+            let words = words.iter().map(|bytes| u64::from_le_bytes(*bytes));
             whole = mix(whole, words.fold(BASIS, mix));
         }
         Ok(whole)

@@ -37,7 +37,11 @@ impl Table<'_> {
             let name = format!("eager splits save eight exits of nine, {model}");
             cases.push(self.split(name, model, 9, append, exits_are_saved));
         }
-        for model in ["max", "cortex-a72"] {
+        let whole: &[&str] = match self.soak {
+            true => &["max", "cortex-a72"],
+            false => &["max"],
+        };
+        for model in whole {
             let append = "suite=split vcpus=1 splitting=enable backing=1g mib=1024";
             let name = format!("1 GiB becomes pages and 1 GiB again, {model}");
             cases.push(self.split(name, model, 2, append.to_owned(), everything_comes_back));
