@@ -40,8 +40,10 @@ const READ_MOSTLY: Workload = Workload {
     write_percent: 10,
 };
 
-/// How long vCPUs run before and after they are split under.
-const LEAD_NS: u64 = 100_000_000;
+/// How often logging begins and ends under running vCPUs.
+const ROUNDS: u64 = 16;
+/// How long they run in between.
+const LEAD_NS: u64 = 5_000_000;
 
 /// Event counts of a phase, by name.
 type Counted = Vec<(&'static str, u64)>;
@@ -191,15 +193,14 @@ fn case(stage: &Stage<'_>, cast: Cast, workload: Workload) -> Result<bool, Refus
     Ok(sets.lost == 0 && unchanged(cast, &end))
 }
 
-/// Splits while every vCPU stores at random.
+/// Splits while every vCPU stores at random, over and over; the counts are those of the eager phases alone, the times of
+/// exits those of the whole run.
 fn live(stage: &Stage<'_>, cast: Cast) -> Result<bool, Refusal> {
     let scene = populated(stage, cast)?;
     let leaves = scene.leaves();
     measure_exits(true);
     scene.run_freely(stage.params.seed)?;
-    linger();
-    let eager = begin(&scene);
-    linger();
+    let eager = rounds(&scene);
     let stores = scene.end_run()?;
     let eager = eager?;
     let times: Counted = exit_times().collect();
@@ -209,12 +210,41 @@ fn live(stage: &Stage<'_>, cast: Cast) -> Result<bool, Refusal> {
     let name = |name: &str| TOTALS.contains(&name) || name.starts_with("faults_");
     let during = eager.counts.iter().copied();
     let row = row(stage, "live", cast)
+        .value("rounds", ROUNDS)
         .value("stores", stores)
         .value("blocks_left", eager.split.left)
         .values(during.filter(|(event, _)| name(event)))
         .values(times);
     told(row, &eager, &end).print();
     Ok(unchanged(cast, &end))
+}
+
+/// Begins logging again and again, and leaves it on; the sum of what was counted and the mean of what was timed.
+fn rounds(scene: &Scene) -> Result<Eager, Refusal> {
+    linger();
+    let mut sum = begin(scene)?;
+    for _ in 1..ROUNDS {
+        linger();
+        let disabled = scene.stage2().disable_logging(cpu(), scene.data);
+        disabled.map_err(failed)?;
+        linger();
+        let next = begin(scene)?;
+        sum.enable_ns += next.enable_ns;
+        sum.clear_first_ns = sum
+            .clear_first_ns
+            .zip(next.clear_first_ns)
+            .map(|(a, b)| a + b);
+        sum.split += next.split;
+        for (count, (_, more)) in sum.counts.iter_mut().zip(next.counts) {
+            count.1 += more;
+        }
+    }
+    linger();
+    Ok(Eager {
+        enable_ns: sum.enable_ns / ROUNDS,
+        clear_first_ns: sum.clear_first_ns.map(|time| time / ROUNDS),
+        ..sum
+    })
 }
 
 /// Instructions of splitting and collapsing everything while no vCPU runs and nothing is logged.

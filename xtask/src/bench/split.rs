@@ -50,6 +50,7 @@ const CHANGED: [Column; 2] = [
     ("leaves changed", "leaves_changed", 1.0),
     ("RAM changed", "ram_changed", 1.0),
 ];
+const ROUNDS: Column = ("rounds", "rounds", 1.0);
 const LIVE: [Column; 5] = [
     ("splits", "splits", 1.0),
     ("windows", "bbm_windows", 1.0),
@@ -177,7 +178,9 @@ pub(super) fn report(rows: &[Row]) -> String {
         if !live.is_empty() {
             let columns = [&LIVE[..], &STALLS[..]].concat();
             text += &format!(
-                "\nsplit while every vCPU stores at random\n{}",
+                "\nsplit {} times while every vCPU stores at random, and collapsed in between\n{}",
+                live.first()
+                    .map_or_else(String::new, |row| count(row, &ROUNDS)),
                 counts(&live, &columns)
             );
         }
