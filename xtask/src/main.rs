@@ -38,7 +38,7 @@ enum Task {
     /// Build the image, boot it under QEMU and show its console
     Run(run::Args),
     /// Measure: tables on the terminal, JSON and plots below target/bench
-    Bench(bench::Args),
+    Bench(Box<bench::Args>),
     /// Build the image only
     Image(image::Args),
     /// Run the tests
