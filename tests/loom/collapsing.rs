@@ -235,8 +235,8 @@ fn collapse_against_clear(
         let writer = guest.then(|| {
             let tree = Arc::clone(&tree);
             thread::spawn(move || {
-                // Through whatever is cached or mapped; a fault is another model's.
-                tree.hardware.store(|| tree.walk().2);
+                // Through what is cached, if it is yet.
+                tree.hardware.store(|| Descriptor::EMPTY);
             })
         });
         tree.clear(held);

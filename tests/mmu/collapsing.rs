@@ -319,31 +319,99 @@ fn good_collapse_waits_for_a_fault_that_may_look_at_its_table() {
     }
 }
 
-#[test]
-fn good_clear_waits_for_a_table_that_is_being_collapsed() {
+/// Collapses a table of writable, recorded pages; at the first event that `when` picks CPU 3 does `work`, which waits.
+fn waits_for_collapse(when: fn(&fake::Event) -> bool, work: impl Fn(&Rig, &Vm) + Copy + 'static) {
     for bbm in LEVELS {
         let rig = Rc::new(Rig::new(plan(Policy::Enable, bbm)));
         let vm = of_blocks(&rig, 1);
         rig.enable(0, &vm, 0, true);
-        let state = Rc::new(Cell::new(None));
+        let waited = Rc::new(Cell::new(None));
         {
-            let (rig, vm, state) = (Rc::clone(&rig), Rc::clone(&vm), Rc::clone(&state));
+            let (rig, vm, waited) = (Rc::clone(&rig), Rc::clone(&vm), Rc::clone(&waited));
             fake::observe(Some(Rc::new(move |event| match event {
-                fake::Event::TlbiVmalls12e1is if state.get().is_none() => {
-                    state.set(Some(false));
-                    let clear = || rig.clear(3, &vm, 0, 64, 128);
-                    drop(catch_unwind(AssertUnwindSafe(clear)));
-                }
-                fake::Event::Yield if state.get() == Some(false) => {
-                    state.set(Some(true));
+                fake::Event::Yield if waited.get() == Some(false) => {
+                    waited.set(Some(true));
+                    // One thread cannot let the collapse go on, so the first poll ends the call.
                     resume_unwind(Box::new(()));
+                }
+                _ if when(&event) && waited.get().is_none() => {
+                    waited.set(Some(false));
+                    drop(catch_unwind(AssertUnwindSafe(|| work(&rig, &vm))));
                 }
                 _ => {}
             })));
         }
         rig.collapse(0, &vm, 0, 0, 512);
         fake::observe(None);
-        assert_eq!(state.get(), Some(true));
+        assert_eq!(waited.get(), Some(true));
+    }
+}
+
+/// The last leaf of the table is frozen, and the table still linked.
+fn all_frozen(event: &fake::Event) -> bool {
+    matches!(event, fake::Event::Descriptor { slot, .. } if slot.raw() % 4096 == 511 * 8)
+}
+
+/// The table is linked no longer, and still walked.
+fn detached(event: &fake::Event) -> bool {
+    *event == fake::Event::TlbiVmalls12e1is
+}
+
+#[test]
+fn good_clear_waits_for_a_table_that_is_being_collapsed() {
+    for when in [all_frozen, detached] {
+        waits_for_collapse(when, |rig, vm| _ = rig.clear(3, vm, 0, 64, 128));
+    }
+}
+
+#[test]
+fn good_unmap_waits_for_a_table_that_is_being_collapsed() {
+    for when in [all_frozen, detached] {
+        waits_for_collapse(when, |rig, vm| {
+            let unmap = || vm.stage2.unmap(CpuId(3), page(64), 0x1000);
+            assert_eq!(rig.machine.on(3, unmap), Ok(()));
+        });
+    }
+}
+
+#[test]
+fn good_split_waits_for_a_table_that_is_being_collapsed() {
+    waits_for_collapse(detached, |rig, vm| _ = rig.split(3, vm, 0, 0, 512));
+}
+
+#[test]
+fn good_fault_on_a_table_that_is_being_collapsed_changes_nothing_and_goes_back_to_the_guest() {
+    for (bbm, when) in [
+        (Bbm::Zero, all_frozen as fn(&_) -> _),
+        (Bbm::Two, all_frozen),
+        (Bbm::Zero, detached),
+        (Bbm::Two, detached),
+    ] {
+        let rig = Rc::new(Rig::new(plan(Policy::Enable, bbm)));
+        let vm = of_blocks(&rig, 1);
+        rig.enable(0, &vm, 0, false);
+        let faults = Rc::new(Cell::new(0));
+        let interruptions = {
+            let (rig, vm, faults) = (Rc::clone(&rig), Rc::clone(&vm), Rc::clone(&faults));
+            Interruptions::new(move |event| {
+                if when(&event) && faults.replace(faults.get() + 1) == 0 {
+                    let before = (
+                        rig.count(Event::DescriptorWrites),
+                        rig.count(Event::BusyRetries),
+                    );
+                    assert_eq!(rig.attempt(2, page(70), Access::Write, 0), None);
+                    assert_eq!(rig.count(Event::DescriptorWrites), before.0);
+                    assert_eq!(rig.count(Event::BusyRetries), before.1 + 1);
+                    assert_eq!(rig.dirty(3, &vm, 0), BTreeSet::new());
+                }
+            })
+        };
+        assert_eq!(rig.collapse(0, &vm, 0, 0, 512).tables, 1);
+        drop(interruptions);
+        assert!(faults.get() > 0);
+        rig.write(2, page(70));
+        assert_eq!(rig.dirty(0, &vm, 0), BTreeSet::from([70]));
+        rig.check(&vm);
     }
 }
 
