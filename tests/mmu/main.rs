@@ -1,11 +1,12 @@
-//! Host tests of the shipped MMU on the fake machine: `protocol` entry point by entry point, `splitting` and `collapsing`
-//! changes of size, `random` programs of many steps against a flat model, `threads` on real
+//! Host tests of the shipped MMU on the fake machine: `protocol` entry point by entry point, `splitting`, `policies` and
+//! `collapsing` changes of size, `random` programs of many steps against a flat model, `threads` on real
 //! threads.
 #![cfg(not(loom))]
 
 mod collapsing;
 mod events;
 mod flat;
+mod policies;
 mod protocol;
 mod random;
 mod rig;
