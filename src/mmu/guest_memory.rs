@@ -11,7 +11,7 @@ use crate::mmu::error::Error;
 use crate::mmu::fault::{Access, Attempt, Resolution};
 use crate::mmu::geometry::Level;
 use crate::mmu::map::record;
-use crate::mmu::slot::{Context, SlotView};
+use crate::mmu::slot::{Contents, Context, SlotView};
 use crate::mmu::stage2::Stage2;
 use crate::sync::quiescence::{Active, CpuId};
 
@@ -127,7 +127,7 @@ impl Stage2 {
                 crate::arch::yield_now();
                 continue;
             }
-            if !at.found.is_leaf(at.level) {
+            if !at.found.is_leaf(at.level) && view.slot.config.contents == Contents::Zero {
                 data.fill(0);
                 return Ok(());
             }

@@ -31,7 +31,7 @@ use crate::mmu::geometry::Level;
 use crate::mmu::pages::PageSet;
 use crate::mmu::protect::{Busy, Looked, protect_slot};
 use crate::mmu::slot::{Contents, MemorySlot, SlotId};
-use crate::mmu::splitting::Policy;
+use crate::mmu::splitting::{Bbm, Policy};
 use crate::mmu::stage2::Stage2;
 use crate::mmu::tlb::Debt;
 use crate::mmu::walk::table_of;
@@ -180,24 +180,33 @@ impl Stage2 {
         let (slot, bitmap) = self.logged(id)?;
         slot.check_range(from, to)?;
         if self.splitting.policy != Policy::Clear {
-            self.clear_groups(cpu, &slot, &bitmap, from..to, into);
+            let mut debt = Debt::open(self, cpu);
+            self.clear_groups(cpu, &slot, &bitmap, from..to, into, &mut debt);
+            debt.pay();
             return Ok(Split::default());
         }
         let mut done = Split::default();
         let chunk_pages = self.splitting.chunk_bytes / PAGE_BYTES;
         self.by_chunk(chunk_pages, from, to, |from, to| {
-            let touched = self.clear_groups(cpu, &slot, &bitmap, from..to, into);
+            let mut debt = match self.splitting.bbm {
+                Bbm::Zero => Debt::open_deferring_blocks(self, cpu),
+                Bbm::Two => Debt::open(self, cpu),
+            };
+            let touched = self.clear_groups(cpu, &slot, &bitmap, from..to, into, &mut debt);
             let chosen = Chosen {
                 to: slot.ipa_of(to),
                 whole: false,
                 next: &|at| slot.ipa_of(touched.next(slot.page_of(at))),
             };
-            done += self.split_chunk(cpu, slot.ipa_of(from), &chosen);
+            let split = self.split_chunk(cpu, slot.ipa_of(from), &chosen);
+            debt.blocks_are_broken(split.left == 0);
+            debt.pay();
+            done += split;
         });
         Ok(done)
     }
 
-    /// Takes, protects and invalidates the pages recorded in `pages`, and says in which groups there were any.
+    /// Takes and protects the pages recorded in `pages`, and says in which groups there were any.
     fn clear_groups(
         &self,
         cpu: CpuId,
@@ -205,18 +214,17 @@ impl Stage2 {
         bitmap: &Bitmap,
         pages: Range<u64>,
         into: &mut PageSet,
+        debt: &mut Debt<'_>,
     ) -> Touched {
         let mut touched = Touched::of(pages.clone());
-        let mut debt = Debt::open(self, cpu);
         let mut at = pages.start;
         while let Some(group) = bitmap.next_group(at, pages.end) {
             let start = group.max(pages.start);
             let end = (group + GROUP_PAGES).min(pages.end);
-            self.clear_group(cpu, slot, bitmap, start, end, into, &mut debt);
+            self.clear_group(cpu, slot, bitmap, start, end, into, debt);
             touched.add(start);
             at = group + GROUP_PAGES;
         }
-        debt.pay();
         touched
     }
 

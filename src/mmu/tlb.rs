@@ -71,6 +71,18 @@ pub(crate) struct Debt<'m> {
     stage2: &'m Stage2,
     cpu: CpuId,
     owed: Owed,
+    blocks: Blocks,
+}
+
+/// What becomes of blocks in a debt.
+#[derive(Clone, Copy, Eq, PartialEq)]
+enum Blocks {
+    /// They are owed like any leaf.
+    Owed,
+    /// Whoever opened the debt breaks them before it is paid, which invalidates them: none is in it yet.
+    Deferred,
+    /// As above, and there was one.
+    Outstanding,
 }
 
 /// What is to be invalidated. A value of fixed size: it is collected under the MMU lock, where nothing is allocated.
@@ -139,12 +151,35 @@ impl<'m> Debt<'m> {
             stage2,
             cpu,
             owed: Owed::Nothing,
+            blocks: Blocks::Owed,
+        }
+    }
+
+    /// As [`Debt::open`], for a caller that splits at level 0 every block it adds before it pays: breaking a block
+    /// invalidates it, so that naming it here would do it twice. [`Debt::blocks_are_broken`] says that it has.
+    pub(crate) fn open_deferring_blocks(stage2: &'m Stage2, cpu: CpuId) -> Self {
+        let mut debt = Self::open(stage2, cpu);
+        debt.blocks = Blocks::Deferred;
+        debt
+    }
+
+    /// Every block that was added has been broken since, by somebody (`all`), or some have not. In a level-0 VM whoever
+    /// found it a block and replaced it invalidated it before the next thing was made there. A block that was unmapped
+    /// instead is in another debt: while there is one, everything is owed here too.
+    pub(crate) fn blocks_are_broken(&mut self, all: bool) {
+        let outstanding = core::mem::replace(&mut self.blocks, Blocks::Owed) == Blocks::Outstanding;
+        if outstanding && (!all || self.stage2.debts().others_than_one()) {
+            self.add_everything();
         }
     }
 
     /// The leaf at `ipa`, of `level`, was changed.
     pub(crate) fn add(&mut self, ipa: Ipa, level: Level) {
-        self.owed.add(ipa, level);
+        if level != Level::L3 && self.blocks != Blocks::Owed {
+            self.blocks = Blocks::Outstanding;
+        } else {
+            self.owed.add(ipa, level);
+        }
     }
 
     /// The leaf at `ipa` was found as this caller would have left it: if another debt of this VM is open, it may be that
@@ -166,6 +201,8 @@ impl<'m> Debt<'m> {
     }
 
     fn settle(&mut self) {
+        // A caller that says nothing has broken nothing.
+        self.blocks_are_broken(false);
         let owed = core::mem::replace(&mut self.owed, Owed::Nothing);
         self.stage2.invalidate(self.cpu, &owed);
         self.stage2.debts().settle();

@@ -337,6 +337,51 @@ fn good_at_level_0_a_batch_costs_one_vm_wide_invalidation_and_one_address_a_bloc
 }
 
 #[test]
+fn good_clear_policy_at_level_0_invalidates_each_block_once() {
+    let mut plan = plan(Policy::Clear, Bbm::Zero);
+    plan.splitting.batch = 4;
+    let rig = Rig::new(plan);
+    let vm = of_blocks(&rig, 8);
+    rig.enable(0, &vm, 0, true);
+    for block in 0..8 {
+        assert_eq!(rig.write(1, page(512 * block + 7)), Ended::Done);
+    }
+    let before = (vm_wide(&rig), rig.count(Event::TlbiIpa));
+    let (_, split) = rig.clear_and_split(0, &vm, 0, 0, 8 * 512);
+    assert_eq!(split, Split { blocks: 8, left: 0 });
+    assert_eq!(rig.count(Event::TlbiIpa) - before.1, 8);
+    assert_eq!(vm_wide(&rig) - before.0, 2);
+    rig.check(&vm);
+}
+
+#[test]
+fn good_clear_policy_without_frames_leaves_nothing_writable_behind() {
+    for bbm in LEVELS {
+        for frames in [0, 3] {
+            let rig = Rig::new(plan(Policy::Clear, bbm));
+            let vm = of_blocks(&rig, 6);
+            rig.enable(0, &vm, 0, true);
+            for block in 0..6 {
+                assert_eq!(rig.write(1, page(512 * block)), Ended::Done);
+            }
+            rig.frames
+                .store(usize_of(frames), core::sync::atomic::Ordering::Relaxed);
+            // What is reported must not be cached as writable anywhere: the rig looks.
+            let (_, split) = rig.clear_and_split(0, &vm, 0, 0, 6 * 512);
+            let left = 6 - frames;
+            assert_eq!(
+                split,
+                Split {
+                    blocks: frames,
+                    left
+                }
+            );
+            rig.check(&vm);
+        }
+    }
+}
+
+#[test]
 fn good_at_level_2_no_block_is_ever_broken_and_a_chunk_is_invalidated_once() {
     let rig = Rig::new(plan(Policy::Enable, Bbm::Two));
     let vm = of_blocks(&rig, 20);
