@@ -1,7 +1,7 @@
 //! Cases about splitting and collapsing blocks, and what must hold of their rows.
 
 use super::cases::{Case, Expect, MODES, Table};
-use super::checks::{Verdict, each, every_mode, row, same, value};
+use super::checks::{Verdict, each, every_mode, every_mode_completes, row, same, value};
 use crate::bench::Row;
 use crate::uart::Transcript;
 
@@ -46,6 +46,16 @@ impl Table<'_> {
             let name = format!("1 GiB becomes pages and 1 GiB again, {model}");
             cases.push(self.split(name, model, 2, append.to_owned(), everything_comes_back));
         }
+        let append = format!(
+            "suite=verify vcpus=4 {MODES} splitting=fault-empty backing=2m mib=4 iterations=2 rounds=6"
+        );
+        cases.push(self.split(
+            "every write is reported and read where tables have holes".to_owned(),
+            "max",
+            5,
+            append,
+            every_mode_completes,
+        ));
         let seconds = if self.soak { 60 } else { 5 };
         for model in ["max", "cortex-a72"] {
             for policy in ["fault", "clear"] {
