@@ -126,7 +126,8 @@ impl Stage2 {
         done
     }
 
-    /// Replaces up to a batch of tables of `[at, end)` and returns where to go on.
+    /// Looks at a batch of places in `[at, end)`, replaces the tables there, and returns where to go on. What is not to be
+    /// replaced counts too, so that neither the lock nor a frozen leaf is held for longer than a batch takes.
     fn collapse_batch(
         &self,
         cpu: CpuId,
@@ -143,18 +144,13 @@ impl Stage2 {
         let logged = view.log.is_some();
         let span = pass.level.span_bytes();
         let mut frozen: Together<Frozen<'_>> = [const { None }; MOST_BATCH];
-        let mut places = frozen.iter_mut().take(self.splitting.batch);
         let guard = self.lock.share();
         let mut next = at;
-        while next < end && places.len() != 0 {
+        for place in frozen.iter_mut().take(self.splitting.batch) {
             let base = next.align_down(span);
-            if base >= at && base.raw() + span <= end.raw() {
+            if base >= at && base.raw().saturating_add(span) <= end.raw() {
                 match self.freeze_table(pass, base, logged, &active) {
-                    Some(Ok(table)) => {
-                        if let Some(place) = places.next() {
-                            *place = Some(table);
-                        }
-                    }
+                    Some(Ok(table)) => *place = Some(table),
                     Some(Err(())) => pass.done.left += 1,
                     None => {}
                 }
