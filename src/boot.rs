@@ -21,7 +21,7 @@ use vellum::dev::pl011::Pl011;
 use vellum::dev::psci;
 use vellum::dev::tree::{self, Tree};
 use vellum::mem::frames;
-use vellum::mmu::{Format, Services, TlbFeatures, VmidAllocator, vmid};
+use vellum::mmu::{Format, Hardware, Permissions, Services, TlbFeatures, VmidAllocator, vmid};
 use vellum::sync::percpu;
 use vellum::sync::quiescence::Domain;
 use vellum::vm::host::{self, Host};
@@ -121,17 +121,23 @@ fn share(machine: Machine, features: Features, shared: &'static cpus::Shared) ->
         frames: Box::new(frames::System),
         format: Format {
             forced_write_back: features.fwb,
+            permissions: Permissions::Direct,
         },
         tlb: TlbFeatures {
             range: features.tlbi_range,
         },
+        hardware: Hardware {
+            indirection: features.s2pie,
+            dirty_state: features.hardware_dirty,
+        },
+        idle_vttbr: shared.idle_vttbr,
+        kick: Box::new(|cpu| host::kick(&shared.gic, cpu.0)),
     };
     Host {
         machine,
         gic: &shared.gic,
         features,
         services: Arc::new(services),
-        idle_vttbr: shared.idle_vttbr,
     }
 }
 

@@ -54,6 +54,12 @@ pub enum Event {
     Exits,
     /// TLB conflict aborts resolved.
     TlbConflicts,
+    /// Deferred tables that were looked through and linked again (engine `lazy`).
+    PushDowns,
+    /// Tables linked into a spare tree (engine `swap`).
+    TablesPrepared,
+    /// Descriptors written to a spare tree (engine `swap`).
+    DescriptorsPrepared,
     /// Writes by the fault path to a cache line that other CPUs' fault paths write too, other than the leaf's line and
     /// the bitmap word's (counted in debug builds).
     SharedLineWrites,
@@ -81,6 +87,9 @@ pub const EVENT_NAMES: [(Event, &str); EVENTS] = [
     (Event::BusyRetries, "busy_retries"),
     (Event::Exits, "exits"),
     (Event::TlbConflicts, "tlb_conflicts"),
+    (Event::PushDowns, "push_downs"),
+    (Event::TablesPrepared, "tables_prepared"),
+    (Event::DescriptorsPrepared, "descriptors_prepared"),
     (Event::SharedLineWrites, "shared_line_writes"),
 ];
 

@@ -214,6 +214,10 @@ pub struct Stage2Geometry {
     pub pa_range: u64,
     /// VMIDs have 16 bits rather than 8.
     pub wide_vmid: bool,
+    /// Permission indirection (FEAT_S2PIE).
+    pub indirection: bool,
+    /// Hardware sets access flags and marks what is written (FEAT_HAFDBS).
+    pub dirty_state: bool,
 }
 
 #[cfg(test)]

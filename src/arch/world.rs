@@ -74,6 +74,12 @@ pub unsafe fn enter(frame: *mut Frame) -> Exit {
     Exit::from_code(unsafe { guest_enter(frame) })
 }
 
+/// VTCR_EL2.HA, HD: hardware management of access flags and dirty state.
+const VTCR_HA: u64 = 1 << 21;
+const VTCR_HD: u64 = 1 << 22;
+/// VTCR_EL2.S2PIE.
+const VTCR_S2PIE: u64 = 1 << 36;
+
 /// VTCR_EL2 for 4 KiB granules and write-back, inner-shareable walks.
 pub fn vtcr(geometry: Stage2Geometry) -> u64 {
     let start = 2_u64.saturating_sub(u64::from(geometry.start_level));
@@ -88,7 +94,13 @@ pub fn vtcr(geometry: Stage2Geometry) -> u64 {
     if geometry.wide_vmid {
         value += VTCR_EL2::VS::Bits16;
     }
-    value.value
+    let indirection = if geometry.indirection { VTCR_S2PIE } else { 0 };
+    let dirty_state = if geometry.dirty_state {
+        VTCR_HA | VTCR_HD
+    } else {
+        0
+    };
+    value.value | indirection | dirty_state
 }
 
 macro_rules! move_registers {

@@ -105,7 +105,7 @@ fn iterate(params: &Params, scene: &Scene, number: u64) -> Result<Iteration, Ref
     let again = scene.perform(|vcpu| pass(params, scene, vcpu, number, flags::LOG))?;
     let failed = |error| alloc::format!("dirty logging: {error}");
     let mut reported = PageSet::default();
-    let (got, get_ns) = timed(|| scene.stage2().dirty(scene.data, &mut reported));
+    let (got, get_ns) = timed(|| scene.stage2().dirty(cpu(), scene.data, &mut reported));
     got.map_err(failed)?;
     let written = scene.take_write_log()?;
     let mut cleared = PageSet::default();

@@ -37,7 +37,7 @@ pub(super) fn run(stage: &Stage<'_>) -> Result<bool, Refusal> {
         let mut pages = 0;
         for _ in 0..REPEATS {
             let mut reported = PageSet::default();
-            let (got, get_ns) = timed(|| scene.stage2().dirty(scene.data, &mut reported));
+            let (got, get_ns) = timed(|| scene.stage2().dirty(cpu(), scene.data, &mut reported));
             got.map_err(failed)?;
             fastest = fastest.min(get_ns);
             pages = reported.len();

@@ -13,8 +13,8 @@ use crate::guest::abi::{self, op, status};
 use crate::mem::{self, frames};
 use crate::mmu::descriptor::Leaf;
 use crate::mmu::{
-    Bbm, Contents, Extent, Level, Locking, Memory, PageSet, Policy, SlotConfig, SlotId, Splitting,
-    Stage2,
+    Bbm, Contents, Engine, Extent, Level, Locking, Memory, PageSet, Policy, SlotConfig, SlotId,
+    Splitting, Stage2, Tracking,
 };
 use crate::sync::percpu;
 use crate::sync::quiescence::CpuId;
@@ -111,6 +111,8 @@ impl Stage<'_> {
             vcpus: cast.vcpus,
             locking: cast.locking,
             splitting: cast.splitting,
+            engine: Engine::Walk,
+            tracking: Tracking::Fault,
             trust_hpfar: self.params.trust_hpfar,
             entry: Ipa::new(abi::IMAGE),
         };

@@ -161,7 +161,7 @@ fn case(stage: &Stage<'_>, cast: Cast, workload: Workload) -> Result<bool, Refus
     let counts: Counted = before.since().chain(exit_times()).collect();
     measure_exits(false);
     let mut reported = PageSet::default();
-    let (got, get_ns) = timed(|| scene.stage2().dirty(scene.data, &mut reported));
+    let (got, get_ns) = timed(|| scene.stage2().dirty(cpu(), scene.data, &mut reported));
     got.map_err(failed)?;
     let sets = Comparison::of(&scene.take_write_log()?, &reported);
     let mut taken = PageSet::default();

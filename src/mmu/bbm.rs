@@ -116,7 +116,7 @@ impl Stage2 {
         let mut all = broken.iter().flatten();
         if all.clone().next().is_some() {
             arch::dsb_ishst();
-            self.under_vmid(cpu, || {
+            self.under_vmid(cpu, self.tree(), || {
                 if all.any(|broken| broken.table) {
                     tlb::everything();
                 } else {

@@ -30,10 +30,13 @@ use crate::addr::Ipa;
 use crate::arch;
 use crate::mmu::bbm::{Broken, MOST_BATCH, Together};
 use crate::mmu::descriptor::{Descriptor, Leaf, Memory};
+use crate::mmu::epoch::Tracking;
 use crate::mmu::error::Error;
 use crate::mmu::geometry::Level;
+use crate::mmu::map::record;
 use crate::mmu::pool::Unlinked;
-use crate::mmu::slot::{MemorySlot, SlotId};
+use crate::mmu::rights::Rights;
+use crate::mmu::slot::{Context, MemorySlot, SlotId, SlotView};
 use crate::mmu::splitting::Bbm;
 use crate::mmu::stage2::Stage2;
 use crate::mmu::table::{Slot, Table};
@@ -83,6 +86,7 @@ impl Stage2 {
     ///
     /// [`Error::NoSlot`], [`Error::BadRange`]; nothing is collapsed then.
     pub fn collapse(&self, cpu: CpuId, id: SlotId, from: u64, to: u64) -> Result<Collapse, Error> {
+        let _operation = self.begin_operation();
         let slot = self.admin.lock().slot(id)?.slot.clone();
         slot.check_range(from, to)?;
         Ok(self.collapse_span(cpu, id, &slot, slot.ipa_of(from), slot.ipa_of(to)))
@@ -137,11 +141,11 @@ impl Stage2 {
         unlinked: &mut Vec<Unlinked>,
     ) -> Ipa {
         let active = self.services.quiescence.enter(cpu);
-        let Some(view) = self.context.load(&active).tagged(pass.id.0) else {
+        let context = self.context.load(&active);
+        let Some(view) = context.tagged(pass.id.0) else {
             // The slot is being removed.
             return end;
         };
-        let logged = view.log.is_some();
         let span = pass.level.span_bytes();
         let mut frozen: Together<Frozen<'_>> = [const { None }; MOST_BATCH];
         let guard = self.lock.share();
@@ -149,7 +153,7 @@ impl Stage2 {
         for place in frozen.iter_mut().take(self.splitting.batch) {
             let base = next.align_down(span);
             if base >= at && base.raw().saturating_add(span) <= end.raw() {
-                match self.freeze_table(pass, base, logged, &active) {
+                match self.freeze_table(pass, base, context, view, &active) {
                     Some(Ok(table)) => *place = Some(table),
                     Some(Err(())) => pass.done.left += 1,
                     None => {}
@@ -159,8 +163,8 @@ impl Stage2 {
         }
         let before = unlinked.len();
         match self.splitting.bbm {
-            Bbm::Zero => self.make_blocks_at_level_0(cpu, pass.level, frozen, unlinked),
-            Bbm::Two => self.make_blocks_at_level_2(cpu, pass.level, frozen, unlinked),
+            Bbm::Zero => self.make_blocks_at_level_0(cpu, view, pass.level, frozen, unlinked),
+            Bbm::Two => self.make_blocks_at_level_2(cpu, view, pass.level, frozen, unlinked),
         }
         drop(guard);
         pass.done.tables += (unlinked.len() - before) as u64;
@@ -173,13 +177,14 @@ impl Stage2 {
         &self,
         pass: &Pass<'_>,
         base: Ipa,
-        logged: bool,
+        context: &Context,
+        view: &SlotView,
         active: &'a Active<'_>,
     ) -> Option<Result<Frozen<'a>, ()>> {
         if pass.slot.level_at(base, pass.level) != pass.level {
             return None;
         }
-        let at = self.root().walk_to(base, pass.level, active)?;
+        let at = self.walk_to(context, base, pass.level, active)?;
         if at.level != pass.level || !at.found.is_table(at.level) {
             return None;
         }
@@ -187,18 +192,22 @@ impl Stage2 {
         let child = pass.level.deeper()?;
         let write = pass.slot.config.writable;
         let mut block = pass.slot.leaf(base, pass.level, pass.id.0, write)?;
-        if logged {
-            block.write = table.first()?.load().is_writable();
+        // What hardware has marked is folded into the bitmap, so leaves need not agree and the block is not marked.
+        let marks = view.log.is_some() && self.tracking() == Tracking::Dbm;
+        if view.log.is_some() {
+            block.write = !marks && view.rights.permits(table.first()?.load());
         }
         let first = Leaf {
             write: false,
             young: false,
             ..block
         };
+        let first = Descriptor::leaf(&first, child, self.format());
         let uniform = Uniform {
-            first: Descriptor::leaf(&first, child, self.format()),
-            span_bytes: child.span_bytes(),
-            write: logged.then_some(block.write),
+            first: view.rights.revoke(first, child),
+            level: child,
+            rights: view.rights,
+            write: (view.log.is_some() && !marks).then_some(block.write),
         };
         Some(match freeze(table, &uniform) {
             Some(young) => Ok(Frozen {
@@ -215,6 +224,7 @@ impl Stage2 {
     fn make_blocks_at_level_0(
         &self,
         cpu: CpuId,
+        view: &SlotView,
         level: Level,
         frozen: Together<Frozen<'_>>,
         unlinked: &mut Vec<Unlinked>,
@@ -239,7 +249,8 @@ impl Stage2 {
             let (Some(clean), Some(table)) = (clean, table) else {
                 continue;
             };
-            let block = Descriptor::leaf(&table.block, level, self.format());
+            let block = self.block(&table.block, level, view);
+            self.fold_marks(cpu, view, level, table);
             clean.make(if was_used(table.table) {
                 block.young()
             } else {
@@ -253,6 +264,7 @@ impl Stage2 {
     fn make_blocks_at_level_2(
         &self,
         cpu: CpuId,
+        view: &SlotView,
         level: Level,
         mut frozen: Together<Frozen<'_>>,
         unlinked: &mut Vec<Unlinked>,
@@ -260,11 +272,7 @@ impl Stage2 {
         let mut any = false;
         for place in &mut frozen {
             let Some(table) = place else { continue };
-            let block = Leaf {
-                frozen: true,
-                ..table.block
-            };
-            let block = Descriptor::leaf(&block, level, self.format());
+            let block = self.block(&table.block, level, view).frozen();
             if table.slot.compare_and_swap(table.found, block).is_ok() {
                 any = true;
             } else {
@@ -276,9 +284,10 @@ impl Stage2 {
             return;
         }
         arch::dsb_ishst();
-        self.under_vmid(cpu, tlb::everything);
+        self.under_vmid(cpu, self.tree(), tlb::everything);
         for table in frozen.iter().flatten() {
             let young = was_used(table.table);
+            self.fold_marks(cpu, view, level, table);
             change(table.slot, |block| {
                 if young {
                     block.thawed().young()
@@ -292,12 +301,34 @@ impl Stage2 {
     }
 }
 
+impl Stage2 {
+    fn block(&self, leaf: &Leaf, level: Level, view: &SlotView) -> Descriptor {
+        let block = Descriptor::leaf(leaf, level, self.format());
+        view.rights.set(block, level, leaf.write)
+    }
+
+    /// Records what hardware marked in the detached `table` below `level`.
+    fn fold_marks(&self, cpu: CpuId, view: &SlotView, level: Level, table: &Frozen<'_>) {
+        let Some(child) = level.deeper() else { return };
+        if self.tracking() != Tracking::Dbm {
+            return;
+        }
+        for (index, slot) in table.table.iter().enumerate() {
+            if view.rights.permits(slot.load()) {
+                let ipa = Ipa::new(table.ipa.raw() + index as u64 * child.span_bytes());
+                record(view, ipa, child, cpu);
+            }
+        }
+    }
+}
+
 /// What 512 leaves must be to make one block.
 struct Uniform {
     /// The first of them, read-only and old.
     first: Descriptor,
-    /// Bytes that one of them translates.
-    span_bytes: u64,
+    /// Their level.
+    level: Level,
+    rights: Rights,
     /// Whether all permit stores, or none; `None`: each as it likes.
     write: Option<bool>,
 }
@@ -305,9 +336,11 @@ struct Uniform {
 impl Uniform {
     /// Whether leaf `index` of the table may be `found`.
     fn allows(&self, index: usize, found: Descriptor) -> bool {
-        let expected = self.first.further(index as u64 * self.span_bytes);
-        found.read_only().old() == expected
-            && self.write.is_none_or(|write| write == found.is_writable())
+        let expected = self.first.further(index as u64 * self.level.span_bytes());
+        self.rights.revoke(found, self.level).old() == expected
+            && self
+                .write
+                .is_none_or(|write| write == self.rights.permits(found))
     }
 }
 

@@ -7,10 +7,14 @@
 //! +--------+------+-----+---+---------------+----------------+--+--+----+---+-+-------+--+-+
 //! ```
 //!
-//! VMSAv8-64 stage 2, direct permissions, 4 KiB granule (DDI 0487 issue K.a, D8.3). Bits 58:55 are software's:
+//! VMSAv8-64 stage 2, 4 KiB granule (DDI 0487 issue K.a, D8.3), drawn with direct permissions. Bits 58:55 are software's:
 //! `tag` names the memory slot that a leaf belongs to, so that a fault needs no look-up but the walk. Table descriptors
 //! carry an address and nothing else: stage 2 has no hierarchical permissions. An invalid descriptor is all zero
-//! ([`View::Empty`]) or [`View::Busy`]: some CPU is between break and make, and whoever meets it retries.
+//! ([`View::Empty`]), [`View::Busy`]: some CPU is between break and make, and whoever meets it retries; or
+//! [`View::Deferred`]: a table that no walk reaches until it has been made read-only (engine `lazy`).
+//!
+//! With indirect permissions (FEAT_S2PIE, D8.4.2) bits {54:53, 51, 6} are an index into S2PIR_EL2 and bit 7 is always 1.
+//! What the bits of a permission mean to one slot at one time is [`Rights`](super::rights::Rights)'.
 //!
 //! `encode` and `decode` are inverse on every descriptor that Vellum writes, with what hardware may change in it (AF, W).
 
@@ -51,11 +55,22 @@ pub enum Memory {
     Device,
 }
 
-/// How this machine encodes memory types: with FEAT_S2FWB (HCR_EL2.FWB = 1) or without.
+/// How a VM's descriptors are encoded.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Format {
-    /// HCR_EL2.FWB.
+    /// Memory types as with FEAT_S2FWB (HCR_EL2.FWB = 1).
     pub forced_write_back: bool,
+    /// What the permission bits are.
+    pub permissions: Permissions,
+}
+
+/// What the permission bits of a leaf are.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Permissions {
+    /// Permissions: S2AP and XN.
+    Direct,
+    /// An index into S2PIR_EL2 (VTCR_EL2.S2PIE = 1).
+    Indirect,
 }
 
 /// A translation.
@@ -67,7 +82,7 @@ pub struct Leaf {
     pub memory: Memory,
     /// Whether loads and fetches are permitted. Guest RAM is always executable at stage 2.
     pub read: bool,
-    /// Whether stores are permitted.
+    /// Whether stores are permitted; with indirect permissions, whether they are at some time.
     pub write: bool,
     /// Accessed since the flag was last cleared (AF).
     pub young: bool,
@@ -84,6 +99,8 @@ pub enum View {
     Empty,
     /// No translation for a moment: a CPU is between break and make.
     Busy,
+    /// No translation until the table at this address has been looked through.
+    Deferred(Pa),
     /// The address of the next table.
     Table(Pa),
     /// A translation.
@@ -109,14 +126,43 @@ const TAG_SHIFT: u32 = 55;
 const TAG: u64 = 0b111 << TAG_SHIFT;
 const FROZEN: u64 = 1 << 58;
 const BUSY: u64 = 1 << 2;
+const DEFERRED: u64 = 1 << 3;
+
+/// Bits {54:53, 51, 6}: an index into S2PIR_EL2.
+pub(super) const INDEX: u64 = 0b11 << 53 | 1 << 51 | 1 << 6;
+
+/// Permission index 0 to 15 as a descriptor holds it.
+pub(super) const fn index_bits(index: u32) -> u64 {
+    ((index & 1) as u64) << 6 | ((index >> 1 & 1) as u64) << 51 | ((index >> 2 & 3) as u64) << 53
+}
+
+/// What S2PIR_EL2 permits by each index that Vellum uses, as far as it is always the same.
+pub(super) mod index {
+    /// Nothing.
+    pub(in super::super) const NONE: u32 = 0;
+    /// RAM, read-only.
+    pub(in super::super) const READ: u32 = 1;
+    /// RAM, writable at all times.
+    pub(in super::super) const WRITE: u32 = 2;
+    /// A device, read-only.
+    pub(in super::super) const DEVICE_READ: u32 = 3;
+    /// A device, writable.
+    pub(in super::super) const DEVICE_WRITE: u32 = 4;
+    /// RAM that became writable in an epoch: as many from here on as the ring has.
+    pub(in super::super) const RING: u32 = 5;
+}
 
 const DEVICE_NGNRE: u64 = 0b0001;
 const NORMAL_WRITE_BACK: u64 = 0b1111;
 const NORMAL_FORCED_WRITE_BACK: u64 = 0b0110;
 
 const _: () = assert!(
-    BUSY & VALID == 0 && BUSY != 0,
-    "a busy slot translates nothing and is not empty"
+    (BUSY | DEFERRED) & VALID == 0 && BUSY != 0 && BUSY & DEFERRED == 0,
+    "a busy or deferred slot translates nothing, and is neither empty nor the other"
+);
+const _: () = assert!(
+    INDEX & (TAG | FROZEN | ADDRESS | YOUNG | MEMATTR | WRITE) == 0,
+    "a permission index is nothing else"
 );
 
 impl Descriptor {
@@ -147,16 +193,14 @@ impl Descriptor {
             bits |= TABLE_OR_PAGE;
         }
         bits |= match (leaf.memory, format.forced_write_back) {
-            (Memory::Device, _) => DEVICE_NGNRE << MEMATTR_SHIFT | EXECUTE_NEVER,
+            (Memory::Device, _) => DEVICE_NGNRE << MEMATTR_SHIFT,
             (Memory::Normal, false) => NORMAL_WRITE_BACK << MEMATTR_SHIFT | INNER_SHAREABLE,
             (Memory::Normal, true) => NORMAL_FORCED_WRITE_BACK << MEMATTR_SHIFT | INNER_SHAREABLE,
         };
-        if leaf.read {
-            bits |= READ;
-        }
-        if leaf.write {
-            bits |= WRITE;
-        }
+        bits |= match format.permissions {
+            Permissions::Direct => Self::direct(leaf),
+            Permissions::Indirect => Self::indirect(leaf),
+        };
         if leaf.young {
             bits |= YOUNG;
         }
@@ -166,13 +210,35 @@ impl Descriptor {
         Self(bits)
     }
 
+    const fn direct(leaf: &Leaf) -> u64 {
+        let read = if leaf.read { READ } else { 0 };
+        let write = if leaf.write { WRITE } else { 0 };
+        let never = match leaf.memory {
+            Memory::Device => EXECUTE_NEVER,
+            Memory::Normal => 0,
+        };
+        read | write | never
+    }
+
+    /// Bit 7 says that the leaf is dirty, which keeps hardware from wanting to say so (R_XXBLY).
+    const fn indirect(leaf: &Leaf) -> u64 {
+        let index = match (leaf.memory, leaf.read, leaf.write) {
+            (_, false, _) => index::NONE,
+            (Memory::Normal, true, false) => index::READ,
+            (Memory::Normal, true, true) => index::WRITE,
+            (Memory::Device, true, false) => index::DEVICE_READ,
+            (Memory::Device, true, true) => index::DEVICE_WRITE,
+        };
+        index_bits(index) | WRITE
+    }
+
     /// Decodes what a slot at `level` holds.
-    pub const fn view(self, level: Level) -> View {
+    pub const fn view(self, level: Level, format: Format) -> View {
         if self.0 & VALID == 0 {
-            return if self.0 == BUSY {
-                View::Busy
-            } else {
-                View::Empty
+            return match self.0 {
+                BUSY => View::Busy,
+                bits if bits & DEFERRED != 0 => View::Deferred(self.address()),
+                _ => View::Empty,
             };
         }
         if self.is_table(level) {
@@ -186,12 +252,48 @@ impl Descriptor {
             } else {
                 Memory::Normal
             },
-            read: self.0 & READ != 0,
-            write: self.0 & WRITE != 0,
+            read: self.is_readable(format),
+            write: self.may_write(format),
             young: self.0 & YOUNG != 0,
             frozen: self.0 & FROZEN != 0,
             tag: self.tag(),
         })
+    }
+
+    const fn has_index(self, index: u32) -> bool {
+        self.0 & INDEX == index_bits(index)
+    }
+
+    const fn may_write(self, format: Format) -> bool {
+        match format.permissions {
+            Permissions::Direct => self.0 & WRITE != 0,
+            Permissions::Indirect => {
+                !self.has_index(index::NONE)
+                    && !self.has_index(index::READ)
+                    && !self.has_index(index::DEVICE_READ)
+            }
+        }
+    }
+
+    /// The deferred form of the table descriptor `self`: no walk goes through it until somebody has looked below.
+    #[inline]
+    pub const fn deferred(self) -> Self {
+        Self(self.0 & ADDRESS | DEFERRED)
+    }
+
+    /// Whether this is the deferred form of a table descriptor.
+    #[inline]
+    pub const fn is_deferred(self) -> bool {
+        self.0 & (VALID | DEFERRED) == DEFERRED
+    }
+
+    /// The leaf of `level` that translates what this one, of another level, begins with.
+    #[inline]
+    pub const fn of_level(self, level: Level) -> Self {
+        match level {
+            Level::L3 => Self(self.0 | TABLE_OR_PAGE),
+            _ => Self(self.0 & !TABLE_OR_PAGE),
+        }
     }
 
     /// Whether a walk goes on from here, found at `level`.
@@ -218,7 +320,7 @@ impl Descriptor {
         Tag(((self.0 & TAG) >> TAG_SHIFT) as u8)
     }
 
-    /// Whether this is a leaf that permits stores.
+    /// Whether this is a leaf that permits stores, by direct permissions.
     #[inline]
     pub const fn is_writable(self) -> bool {
         self.0 & (VALID | WRITE) == VALID | WRITE
@@ -226,14 +328,24 @@ impl Descriptor {
 
     /// Whether a leaf permits loads.
     #[inline]
-    pub const fn is_readable(self) -> bool {
-        self.0 & (VALID | READ) == VALID | READ
+    pub const fn is_readable(self, format: Format) -> bool {
+        match format.permissions {
+            Permissions::Direct => self.0 & (VALID | READ) == VALID | READ,
+            Permissions::Indirect => self.0 & VALID != 0 && !self.has_index(index::NONE),
+        }
     }
 
     /// Whether a leaf permits instruction fetches.
     #[inline]
-    pub const fn is_executable(self) -> bool {
-        self.0 & (VALID | READ | EXECUTE_NEVER) == VALID | READ
+    pub const fn is_executable(self, format: Format) -> bool {
+        match format.permissions {
+            Permissions::Direct => self.0 & (VALID | READ | EXECUTE_NEVER) == VALID | READ,
+            Permissions::Indirect => {
+                self.is_readable(format)
+                    && !self.has_index(index::DEVICE_READ)
+                    && !self.has_index(index::DEVICE_WRITE)
+            }
+        }
     }
 
     /// Whether a leaf's access flag is set.
@@ -248,13 +360,13 @@ impl Descriptor {
         self.0 & FROZEN != 0
     }
 
-    /// The same leaf, permitting stores.
+    /// The same leaf, permitting stores, by direct permissions.
     #[inline]
     pub const fn writable(self) -> Self {
         Self(self.0 | WRITE)
     }
 
-    /// The same leaf, not permitting stores.
+    /// The same leaf, not permitting stores, by direct permissions.
     #[inline]
     pub const fn read_only(self) -> Self {
         Self(self.0 & !WRITE)
@@ -307,9 +419,22 @@ impl fmt::Debug for Descriptor {
 mod tests {
     use std::vec::Vec;
 
-    use super::{Descriptor, Format, Leaf, Memory, Tag, View};
+    use super::{Descriptor, Format, Leaf, Memory, Permissions, Tag, View};
     use crate::addr::Pa;
     use crate::mmu::geometry::Level;
+
+    fn formats() -> Vec<Format> {
+        let mut formats = Vec::new();
+        for forced_write_back in [false, true] {
+            for permissions in [Permissions::Direct, Permissions::Indirect] {
+                formats.push(Format {
+                    forced_write_back,
+                    permissions,
+                });
+            }
+        }
+        formats
+    }
 
     fn every_leaf() -> Vec<Leaf> {
         let mut leaves = Vec::new();
@@ -337,20 +462,23 @@ mod tests {
 
     #[test]
     fn every_leaf_comes_back_unchanged() {
-        for forced_write_back in [false, true] {
-            let format = Format { forced_write_back };
+        for format in formats() {
             for level in [Level::L1, Level::L2, Level::L3] {
-                for leaf in every_leaf() {
+                for mut leaf in every_leaf() {
+                    // There is no index for what may be written and not read.
+                    leaf.write &= leaf.read || format.permissions == Permissions::Direct;
                     let descriptor = Descriptor::leaf(&leaf, level, format);
                     assert_eq!(
-                        descriptor.view(level),
+                        descriptor.view(level, format),
                         View::Leaf(leaf),
                         "{level:?} {descriptor:?}"
                     );
                     assert!(descriptor.is_leaf(level) && !descriptor.is_table(level));
                     assert_eq!(descriptor.tag(), leaf.tag);
-                    assert_eq!(descriptor.is_writable(), leaf.write);
-                    assert_eq!(descriptor.is_readable(), leaf.read);
+                    assert_eq!(descriptor.is_readable(format), leaf.read);
+                    if format.permissions == Permissions::Direct {
+                        assert_eq!(descriptor.is_writable(), leaf.write);
+                    }
                 }
             }
         }
@@ -361,7 +489,13 @@ mod tests {
         for bit in 12..48 {
             let table = Pa::new(1 << bit);
             for level in [Level::L0, Level::L1, Level::L2] {
-                assert_eq!(Descriptor::table(table).view(level), View::Table(table));
+                let format = formats()[0];
+                let descriptor = Descriptor::table(table);
+                assert_eq!(descriptor.view(level, format), View::Table(table));
+                let deferred = descriptor.deferred();
+                assert_eq!(deferred.view(level, format), View::Deferred(table));
+                assert_eq!(Descriptor::table(deferred.address()), descriptor);
+                assert!(deferred.is_deferred() && !deferred.is_held());
             }
         }
     }
@@ -369,43 +503,43 @@ mod tests {
     #[test]
     fn what_translates_nothing_is_empty_or_busy_at_every_level() {
         for level in [Level::L0, Level::L1, Level::L2, Level::L3] {
-            assert_eq!(Descriptor::EMPTY.view(level), View::Empty);
-            assert_eq!(Descriptor::BUSY.view(level), View::Busy);
+            let format = formats()[0];
+            assert_eq!(Descriptor::EMPTY.view(level, format), View::Empty);
+            assert_eq!(Descriptor::BUSY.view(level, format), View::Busy);
             assert!(!Descriptor::BUSY.is_leaf(level) && !Descriptor::BUSY.is_writable());
+            assert!(!Descriptor::BUSY.is_deferred() && !Descriptor::EMPTY.is_deferred());
         }
     }
 
     #[test]
     fn permission_edits_touch_nothing_else() {
         for leaf in every_leaf() {
-            let format = Format {
-                forced_write_back: false,
-            };
+            let format = formats()[0];
             let level = Level::L3;
             let descriptor = Descriptor::leaf(&leaf, level, format);
             assert_eq!(
-                descriptor.writable().view(level),
+                descriptor.writable().view(level, format),
                 View::Leaf(Leaf {
                     write: true,
                     ..leaf
                 })
             );
             assert_eq!(
-                descriptor.read_only().view(level),
+                descriptor.read_only().view(level, format),
                 View::Leaf(Leaf {
                     write: false,
                     ..leaf
                 })
             );
             assert_eq!(
-                descriptor.young().view(level),
+                descriptor.young().view(level, format),
                 View::Leaf(Leaf {
                     young: true,
                     ..leaf
                 })
             );
             assert_eq!(
-                descriptor.old().view(level),
+                descriptor.old().view(level, format),
                 View::Leaf(Leaf {
                     young: false,
                     ..leaf
@@ -417,17 +551,13 @@ mod tests {
     #[test]
     fn device_memory_is_never_executable() {
         for leaf in every_leaf() {
-            let descriptor = Descriptor::leaf(
-                &leaf,
-                Level::L3,
-                Format {
-                    forced_write_back: true,
-                },
-            );
-            assert_eq!(
-                descriptor.is_executable(),
-                leaf.read && leaf.memory == Memory::Normal
-            );
+            for format in formats() {
+                let descriptor = Descriptor::leaf(&leaf, Level::L3, format);
+                assert_eq!(
+                    descriptor.is_executable(format),
+                    leaf.read && leaf.memory == Memory::Normal
+                );
+            }
         }
     }
 }

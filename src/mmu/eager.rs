@@ -15,11 +15,11 @@
 use crate::addr::{Ipa, to_index};
 use crate::arch;
 use crate::mmu::bbm::{Broken, MOST_BATCH, Together};
-use crate::mmu::descriptor::{Descriptor, View};
+use crate::mmu::descriptor::Descriptor;
 use crate::mmu::error::Error;
 use crate::mmu::geometry::{ENTRIES, Level};
 use crate::mmu::pool::{SpareTable, Spares};
-use crate::mmu::slot::SlotId;
+use crate::mmu::slot::{Context, SlotId};
 use crate::mmu::splitting::Bbm;
 use crate::mmu::stage2::Stage2;
 use crate::mmu::table::Slot;
@@ -96,6 +96,7 @@ impl Stage2 {
     ///
     /// [`Error::NoSlot`], [`Error::BadRange`]; nothing is split then.
     pub fn split(&self, cpu: CpuId, id: SlotId, from: u64, to: u64) -> Result<Split, Error> {
+        let _operation = self.begin_operation();
         let slot = self.admin.lock().slot(id)?.slot.clone();
         slot.check_range(from, to)?;
         Ok(self.split_span(cpu, slot.ipa_of(from), slot.ipa_of(to)))
@@ -154,10 +155,10 @@ impl Stage2 {
     /// Frames that the next batch at `at` can use.
     fn tables_wanted(&self, cpu: CpuId, at: Ipa, chosen: &Chosen<'_>) -> usize {
         let active = self.services.quiescence.enter(cpu);
+        let context = self.context.load(&active);
         let large = chosen.whole
             && self
-                .root()
-                .walk(at, &active)
+                .walk(context, at, &active)
                 .is_some_and(|at| at.level == Level::L1 && at.found.is_leaf(Level::L1));
         if large {
             return SUBTREE_TABLES;
@@ -177,8 +178,9 @@ impl Stage2 {
         work: &mut Work<'_>,
     ) -> Option<Ipa> {
         let active = self.services.quiescence.enter(cpu);
+        let context = self.context.load(&active);
         let mut prepared: Together<Prepared<'_>> = [const { None }; MOST_BATCH];
-        let next = self.prepare_batch(at, chosen, work, &mut prepared, &active)?;
+        let next = self.prepare_batch(context, at, chosen, work, &mut prepared, &active)?;
         let again = match self.splitting.bbm {
             Bbm::Zero => self.replace_at_level_0(cpu, prepared, work, &active),
             Bbm::Two => self.replace_at_level_2(prepared, work, &active),
@@ -189,6 +191,7 @@ impl Stage2 {
     /// Builds the tables of the next batch and returns where the one after it begins.
     fn prepare_batch<'a>(
         &self,
+        context: &Context,
         at: Ipa,
         chosen: &Chosen<'_>,
         work: &mut Work<'_>,
@@ -198,7 +201,7 @@ impl Stage2 {
         let mut next = at;
         let mut count = 0;
         while count < self.splitting.batch {
-            let (ipa, found) = match self.next_block(next, chosen, active) {
+            let (ipa, found) = match self.next_block(context, next, chosen, active) {
                 Next::Nothing => return Some(chosen.to),
                 Next::Held(ipa) => return (count != 0).then_some(ipa),
                 Next::Block(ipa, found) => (ipa, found),
@@ -211,7 +214,7 @@ impl Stage2 {
             }
             let base = ipa.align_down(span);
             next = Ipa::new(base.raw() + span);
-            let built = self.build(found.found, found.level, &mut work.spares, active);
+            let built = build(context, found.found, found.level, &mut work.spares, active);
             let Some(table) = built else {
                 if count != 0 {
                     // What is prepared goes first: it may have to be tried again, and this one is counted once.
@@ -239,13 +242,19 @@ impl Stage2 {
     }
 
     /// The first chosen block at or after `at`.
-    fn next_block<'a>(&self, mut at: Ipa, chosen: &Chosen<'_>, active: &'a Active<'_>) -> Next<'a> {
+    fn next_block<'a>(
+        &self,
+        context: &Context,
+        mut at: Ipa,
+        chosen: &Chosen<'_>,
+        active: &'a Active<'_>,
+    ) -> Next<'a> {
         loop {
             at = (chosen.next)(at);
             if at >= chosen.to {
                 break;
             }
-            let Some(found) = self.root().walk_to(at, Level::L2, active) else {
+            let Some(found) = self.walk_to(context, at, Level::L2, active) else {
                 break;
             };
             if found.found.is_held() {
@@ -258,31 +267,6 @@ impl Stage2 {
             at = Ipa::new(at.align_down(span).raw().saturating_add(span));
         }
         Next::Nothing
-    }
-
-    /// The table that translates what the leaf `block` of `level` does, with as much below it as there are frames for.
-    fn build(
-        &self,
-        block: Descriptor,
-        level: Level,
-        spares: &mut Spares<'_>,
-        active: &Active<'_>,
-    ) -> Option<SpareTable> {
-        let (View::Leaf(block), Some(level)) = (block.view(level), level.deeper()) else {
-            return None;
-        };
-        let table = spares.take()?;
-        let first = Descriptor::leaf(&block, level, self.format());
-        let leaf = |index| first.further(index as u64 * level.span_bytes());
-        if level == Level::L3 {
-            table.fill(active, leaf);
-        } else {
-            table.fill(active, |index| {
-                let below = self.build(leaf(index), level, spares, active);
-                below.map_or(leaf(index), |below| below.descriptor())
-            });
-        }
-        Some(table)
     }
 
     /// Break-before-make of all that is prepared, under one pair of invalidations. Returns the first that another CPU
@@ -349,6 +333,33 @@ impl Stage2 {
         }
         again
     }
+}
+
+/// The table that translates what the leaf `block` of `level` does, with as much below it as there are frames for.
+fn build(
+    context: &Context,
+    block: Descriptor,
+    level: Level,
+    spares: &mut Spares<'_>,
+    active: &Active<'_>,
+) -> Option<SpareTable> {
+    let level = level.deeper()?;
+    let table = spares.take()?;
+    let first = match context.tagged(block.tag()) {
+        Some(view) if !view.rights.permits(block) => view.rights.revoke(block, level),
+        _ => block,
+    };
+    let first = first.of_level(level);
+    let leaf = |index| first.further(index as u64 * level.span_bytes());
+    if level == Level::L3 {
+        table.fill(active, leaf);
+    } else {
+        table.fill(active, |index| {
+            let below = build(context, leaf(index), level, spares, active);
+            below.map_or(leaf(index), |below| below.descriptor())
+        });
+    }
+    Some(table)
 }
 
 /// Takes back what was built for `block`, which somebody else changed.

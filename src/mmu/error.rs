@@ -4,6 +4,8 @@ use core::fmt;
 
 use crate::addr::Ipa;
 use crate::mmu::bbm::MOST_BATCH;
+use crate::mmu::epoch::Epoch;
+use crate::mmu::slot::SlotId;
 
 /// A refusal of an MMU entry point.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -28,6 +30,18 @@ pub enum Error {
     BadBatch(usize),
     /// Policy `fault-empty` unmaps pages that are in use, so the slot must keep what its pages hold.
     MustKeep,
+    /// Engine `pie` on a machine without FEAT_S2PIE.
+    NoIndirection,
+    /// Tracking `dbm` on a machine without hardware dirty state (FEAT_HAFDBS).
+    NoDirtyState,
+    /// Tracking `dbm` with another engine than `walk`.
+    NotTogether,
+    /// The epoch that was closed before is still to be harvested, of this slot.
+    NotHarvested(SlotId),
+    /// The epoch is not closed, or was before the slot was logged.
+    NoSuchEpoch(Epoch),
+    /// The epoch was harvested before, or is being.
+    AlreadyHarvested(Epoch),
     /// No memory is mapped or mappable at the address.
     NotMemory(Ipa),
 }
@@ -56,6 +70,22 @@ impl fmt::Display for Error {
             Self::MustKeep => f.write_str(
                 "policy fault-empty unmaps pages in use; it needs a slot that keeps their contents",
             ),
+            Self::NoIndirection => f.write_str(
+                "engine pie needs permission indirection at stage 2 (FEAT_S2PIE), which a CPU lacks",
+            ),
+            Self::NoDirtyState => f.write_str(
+                "tracking dbm needs hardware dirty state (FEAT_HAFDBS), which a CPU lacks",
+            ),
+            Self::NotTogether => f.write_str(
+                "tracking dbm works with engine walk only: the others take permissions that hardware would give back",
+            ),
+            Self::NotHarvested(slot) => write!(
+                f,
+                "slot {} still has a closed epoch to be harvested",
+                slot.index()
+            ),
+            Self::NoSuchEpoch(epoch) => write!(f, "epoch {epoch} is not a closed one of this slot"),
+            Self::AlreadyHarvested(epoch) => write!(f, "epoch {epoch} was harvested before"),
             Self::NotMemory(ipa) => write!(f, "no memory at {ipa}"),
         }
     }

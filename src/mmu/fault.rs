@@ -9,6 +9,10 @@
 //!     busy, or a leaf that is frozen .......... back to the guest, which retries
 //! ```
 //!
+//! A fault acts on what is published, which may be newer than what its CPU runs under (root or S2PIR_EL2, of an epoch that is
+//! just being opened): a leaf made writable there makes no difference to the guest until the kick that is on its way has
+//! been served. A fault that finds nothing to do, or is to change the size of something, catches up at once.
+//!
 //! What the hardware reported decides only which access is judged, never what is done: between the fault and the walk
 //! any CPU may have changed the slot (rule 4). A relaxed page costs one compare-and-swap of its leaf and one atomic OR of
 //! its bitmap word, takes no lock in lockless mode, allocates nothing and looks nothing up but the walk: the leaf's tag
@@ -134,7 +138,7 @@ impl Stage2 {
     ) -> Attempt {
         for _ in 0..ATTEMPTS {
             let guard = self.lock.share();
-            let Some(at) = context.root.walk(fault.ipa, active) else {
+            let Some(at) = self.walk(context, fault.ipa, active) else {
                 return Attempt::Give(Resolution::NoSlot);
             };
             let attempt = if at.found.is_leaf(at.level) {
@@ -160,17 +164,25 @@ impl Stage2 {
         at: &Position<'_>,
         active: &Active<'_>,
     ) -> Attempt {
-        if fault.access == Access::Write && !at.found.is_writable() {
-            return self.make_writable(cpu, context, fault, at, active);
-        }
         let permitted = match fault.access {
-            Access::Write => true,
-            Access::Read => at.found.is_readable(),
-            Access::Execute => at.found.is_executable(),
+            Access::Write => {
+                let Some(view) = context.tagged(at.found.tag()) else {
+                    return Attempt::Give(Resolution::Denied);
+                };
+                if !view.rights.permits(at.found) {
+                    return self.make_writable(cpu, context, view, fault, at, active);
+                }
+                true
+            }
+            Access::Read => at.found.is_readable(self.format()),
+            Access::Execute => at.found.is_executable(self.format()),
         };
         match (permitted, at.found.is_young()) {
             (false, _) => Attempt::Give(Resolution::Denied),
-            (true, true) => Attempt::Stale,
+            (true, true) => {
+                self.catch_up(cpu, context);
+                Attempt::Stale
+            }
             (true, false) if at.found.is_frozen() => retry(),
             (true, false) => set_leaf(at.slot, at.found, at.found.young()),
         }
@@ -181,6 +193,7 @@ impl Stage2 {
         &self,
         cpu: CpuId,
         context: &Context,
+        view: &SlotView,
         fault: &Fault,
         at: &Position<'_>,
         active: &Active<'_>,
@@ -188,19 +201,16 @@ impl Stage2 {
         if at.found.is_frozen() {
             return retry();
         }
-        let Some(view) = context.tagged(at.found.tag()) else {
-            return Attempt::Give(Resolution::Denied);
-        };
         if !view.slot.config.writable {
             return Attempt::Give(Resolution::Denied);
         }
         let Some(log) = &view.log else {
-            return set_leaf(at.slot, at.found, at.found.writable().young());
+            return set_leaf(at.slot, at.found, view.rights.grant(at.found).young());
         };
         if at.level != Level::L3 {
-            return self.write_to_block(cpu, view, fault, at, active);
+            return self.write_to_block(cpu, context, view, fault, at, active);
         }
-        let attempt = set_leaf(at.slot, at.found, at.found.writable().young());
+        let attempt = set_leaf(at.slot, at.found, view.rights.grant(at.found).young());
         if matches!(attempt, Attempt::Stale) {
             log.set(view.slot.page_of(fault.ipa), cpu.0);
         }
@@ -211,11 +221,13 @@ impl Stage2 {
     fn write_to_block(
         &self,
         cpu: CpuId,
+        context: &Context,
         view: &SlotView,
         fault: &Fault,
         at: &Position<'_>,
         active: &Active<'_>,
     ) -> Attempt {
+        self.catch_up(cpu, context);
         self.split_for_write(cpu, view, fault.ipa, at, active)
     }
 
@@ -242,7 +254,7 @@ impl Stage2 {
 
 /// The slot is being replaced (rules 9 and 27): back to the guest, whose next try finds what came of it.
 #[cold]
-fn retry() -> Attempt {
+pub(crate) fn retry() -> Attempt {
     percpu::count(Event::BusyRetries);
     Attempt::Done
 }

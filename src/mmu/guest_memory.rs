@@ -92,7 +92,7 @@ impl Stage2 {
         active: &Active<'_>,
     ) -> Result<Attempt, Error> {
         let view = memory_at(context, ipa)?;
-        let Some(at) = context.root.walk(ipa, active) else {
+        let Some(at) = self.walk(context, ipa, active) else {
             return Err(Error::NotMemory(ipa));
         };
         if at.found == Descriptor::BUSY {
@@ -118,9 +118,8 @@ impl Stage2 {
             let active = self.services.quiescence.enter(cpu);
             let context = self.context.load(&active);
             let view = memory_at(context, ipa)?;
-            let at = context
-                .root
-                .walk(ipa, &active)
+            let at = self
+                .walk(context, ipa, &active)
                 .ok_or(Error::NotMemory(ipa))?;
             if at.found == Descriptor::BUSY {
                 drop(active);

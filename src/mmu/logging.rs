@@ -5,6 +5,7 @@
 //!   fault  ── leaf writable ── set the page's bit                              (any CPU, any time)
 //!   get    ── read the bits
 //!   clear  ── take the bits ── protect those leaves ── invalidate ── return: now the caller may copy
+//!   next_epoch, harvest: all of it at once, see `epoch`
 //!   disable ─ publish without the log ── grace period ── collapse ── make writable
 //! ```
 //!
@@ -26,6 +27,7 @@ use crate::mmu::bitmap::{Bitmap, GROUP_PAGES, WORD_PAGES};
 use crate::mmu::collapse::Collapse;
 use crate::mmu::descriptor::Memory;
 use crate::mmu::eager::{Chosen, Split};
+use crate::mmu::epoch::{Epoch, Tracking};
 use crate::mmu::error::Error;
 use crate::mmu::geometry::Level;
 use crate::mmu::pages::PageSet;
@@ -42,31 +44,70 @@ use crate::sync::quiescence::CpuId;
 pub(crate) struct SlotLog {
     epochs: [Arc<Bitmap>; 2],
     current: usize,
+    /// The epoch in which logging was enabled.
+    began: Epoch,
+    /// The closed epoch whose pages have not all been handed over.
+    due: Option<Epoch>,
+    /// Somebody is taking them.
+    going: bool,
+    /// The slot still has leaves that are writable at all times: logging was enabled with everything set.
+    pub(crate) unprotected: bool,
 }
 
 impl SlotLog {
-    fn new(pages: u64, cpus: usize) -> Self {
+    fn new(pages: u64, cpus: usize, began: Epoch) -> Self {
         Self {
             epochs: core::array::from_fn(|_| Arc::new(Bitmap::new(pages, cpus))),
             current: 0,
+            began,
+            due: None,
+            going: false,
+            unprotected: false,
         }
     }
 
     /// The bitmap that faults fill.
-    pub(crate) fn current(&self) -> Arc<Bitmap> {
+    pub(crate) fn current(&self) -> &Arc<Bitmap> {
         let [first, second] = &self.epochs;
-        if self.current == 0 {
-            first.clone()
-        } else {
-            second.clone()
-        }
+        if self.current == 0 { first } else { second }
     }
 
-    /// Makes the other bitmap current and returns the one that was.
-    fn flip(&mut self) -> Arc<Bitmap> {
-        let closed = self.current();
+    /// The bitmap of the epoch before.
+    pub(crate) fn closed(&self) -> &Arc<Bitmap> {
+        let [first, second] = &self.epochs;
+        if self.current == 0 { second } else { first }
+    }
+
+    /// Makes the other bitmap current; the one that was is that of `closed`, to be harvested.
+    pub(crate) fn flip(&mut self, closed: Epoch) {
         self.current ^= 1;
-        closed
+        self.due = Some(closed);
+    }
+
+    /// Whether a closed epoch is still to be harvested.
+    pub(crate) fn is_unharvested(&self) -> bool {
+        self.due.is_some()
+    }
+
+    /// The bitmap of the closed `epoch`, for whoever asks first. `now` is the current epoch.
+    pub(crate) fn begin_harvest(&mut self, epoch: Epoch, now: Epoch) -> Result<Arc<Bitmap>, Error> {
+        if self.due == Some(epoch) && !self.going {
+            self.going = true;
+            return Ok(self.closed().clone());
+        }
+        Err(if epoch >= self.began && epoch < now {
+            Error::AlreadyHarvested(epoch)
+        } else {
+            Error::NoSuchEpoch(epoch)
+        })
+    }
+
+    /// All pages of `bitmap` have been handed over; unless logging was enabled anew meanwhile, it is this log's.
+    pub(crate) fn end_harvest(&mut self, bitmap: &Arc<Bitmap>) {
+        if Arc::ptr_eq(self.closed(), bitmap) {
+            self.going = false;
+            self.due = None;
+        }
     }
 }
 
@@ -88,7 +129,10 @@ impl Stage2 {
         id: SlotId,
         initially_all_set: bool,
     ) -> Result<Split, Error> {
+        let _operation = self.begin_operation();
+        self.outdate_spare(cpu);
         let mut admin = self.admin.lock();
+        let began = admin.epoch;
         let entry = admin.slot(id)?;
         if entry.log.is_some() {
             return Err(Error::AlreadyLogging);
@@ -102,16 +146,18 @@ impl Stage2 {
             return Err(Error::MustKeep);
         }
         let slot = entry.slot.clone();
-        let log = SlotLog::new(slot.pages, self.services.quiescence.cpus());
+        let mut log = SlotLog::new(slot.pages, self.services.quiescence.cpus(), began);
         if initially_all_set {
             log.current().set_all(cpu.0);
         }
+        log.unprotected = initially_all_set;
+        let current = log.current().clone();
         entry.log = Some(log);
         // A fault that began before this grace period may map writable without recording; the protection comes after.
         self.publish(&admin);
         if !initially_all_set {
             let mut debt = Debt::open(self, cpu);
-            self.protect_all(cpu, &slot, &mut debt);
+            self.protect_into(cpu, id, &slot, &current, &mut debt);
             debt.pay();
         }
         drop(admin);
@@ -122,7 +168,7 @@ impl Stage2 {
     }
 
     /// Stops recording, and leaves the slot as it was before: tables that translate a whole block become blocks again,
-    /// what was read-only becomes writable.
+    /// what was read-only becomes writable. What was recorded and not taken is forgotten.
     ///
     /// Rounding: none. Races: faults; none records any more once the grace period is over. TLB: nothing owed. Cost: a grace
     /// period, then every leaf once; see [`Stage2::collapse`].
@@ -131,6 +177,8 @@ impl Stage2 {
     ///
     /// [`Error::NoSlot`], [`Error::NotLogging`].
     pub fn disable_logging(&self, cpu: CpuId, id: SlotId) -> Result<Collapse, Error> {
+        let _operation = self.begin_operation();
+        self.outdate_spare(cpu);
         let slot = {
             let mut admin = self.admin.lock();
             let entry = admin.slot(id)?;
@@ -144,16 +192,18 @@ impl Stage2 {
         Ok(done)
     }
 
-    /// Adds the pages recorded in the current epoch to `into` and takes nothing.
+    /// Adds the pages recorded in the current epoch to `into` and takes nothing. `cpu` is the calling CPU.
     ///
     /// Rounding: none. Races: a page recorded meanwhile may be reported or not. TLB: nothing owed. Cost: the pages
-    /// recorded, and one load per 4096 groups of the slot and CPU.
+    /// recorded, and one load per 4096 groups of the slot and CPU; with tracking `dbm` a visit of every leaf.
     ///
     /// # Errors
     ///
     /// [`Error::NoSlot`], [`Error::NotLogging`].
-    pub fn dirty(&self, id: SlotId, into: &mut PageSet) -> Result<(), Error> {
+    pub fn dirty(&self, cpu: CpuId, id: SlotId, into: &mut PageSet) -> Result<(), Error> {
+        let _operation = self.begin_operation();
         let (slot, bitmap) = self.logged(id)?;
+        self.read_marks(cpu, id, &slot, &bitmap);
         bitmap.read(0, slot.pages, |first, bits| into.push(first, bits));
         Ok(())
     }
@@ -177,11 +227,12 @@ impl Stage2 {
         to: u64,
         into: &mut PageSet,
     ) -> Result<Split, Error> {
+        let _operation = self.begin_operation();
         let (slot, bitmap) = self.logged(id)?;
         slot.check_range(from, to)?;
         if self.splitting.policy != Policy::Clear {
             let mut debt = Debt::open(self, cpu);
-            self.clear_groups(cpu, &slot, &bitmap, from..to, into, &mut debt);
+            self.clear_groups(cpu, id, &slot, &bitmap, from..to, into, &mut debt);
             debt.pay();
             return Ok(Split::default());
         }
@@ -192,7 +243,7 @@ impl Stage2 {
                 Bbm::Zero => Debt::open_deferring_blocks(self, cpu),
                 Bbm::Two => Debt::open(self, cpu),
             };
-            let touched = self.clear_groups(cpu, &slot, &bitmap, from..to, into, &mut debt);
+            let touched = self.clear_groups(cpu, id, &slot, &bitmap, from..to, into, &mut debt);
             let chosen = Chosen {
                 to: slot.ipa_of(to),
                 whole: false,
@@ -207,9 +258,14 @@ impl Stage2 {
     }
 
     /// Takes and protects the pages recorded in `pages`, and says in which groups there were any.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "a slot, its bitmap, and where to put what is found"
+    )]
     fn clear_groups(
         &self,
         cpu: CpuId,
+        id: SlotId,
         slot: &MemorySlot,
         bitmap: &Bitmap,
         pages: Range<u64>,
@@ -217,71 +273,52 @@ impl Stage2 {
         debt: &mut Debt<'_>,
     ) -> Touched {
         let mut touched = Touched::of(pages.clone());
+        if self.tracking() == Tracking::Dbm {
+            let span = slot.ipa_of(pages.start)..slot.ipa_of(pages.end);
+            self.protect_span(cpu, id, slot, span, bitmap, debt);
+        }
         let mut at = pages.start;
         while let Some(group) = bitmap.next_group(at, pages.end) {
             let start = group.max(pages.start);
             let end = (group + GROUP_PAGES).min(pages.end);
-            self.clear_group(cpu, slot, bitmap, start, end, into, debt);
+            self.clear_group(cpu, id, slot, bitmap, start..end, into, debt);
             touched.add(start);
             at = group + GROUP_PAGES;
         }
         touched
     }
 
-    /// Closes the current epoch and opens the next: from some moment during the call on writes are recorded in the next
-    /// epoch, and `into` gets the pages of the closed one. Engine `walk`.
-    ///
-    /// Rounding: none. Races: faults and clears. TLB: nothing owed on return. Cost: a grace period, one visit of every leaf,
-    /// one invalidation of the VMID.
-    ///
-    /// # Errors
-    ///
-    /// [`Error::NoSlot`], [`Error::NotLogging`].
-    pub fn next_epoch(&self, cpu: CpuId, id: SlotId, into: &mut PageSet) -> Result<(), Error> {
-        let mut admin = self.admin.lock();
-        let entry = admin.slot(id)?;
-        let slot = entry.slot.clone();
-        let closed = entry.log.as_mut().ok_or(Error::NotLogging)?.flip();
-        self.publish(&admin);
-        let mut debt = Debt::open(self, cpu);
-        self.protect_all(cpu, &slot, &mut debt);
-        debt.pay();
-        let mut at = 0;
-        while let Some(group) = closed.next_group(at, slot.pages) {
-            at = group + GROUP_PAGES;
-            closed.take_group(group, at.min(slot.pages), |first, bits| {
-                into.push(first, bits)
-            });
-        }
-        Ok(())
-    }
-
     fn logged(&self, id: SlotId) -> Result<(Arc<MemorySlot>, Arc<Bitmap>), Error> {
         let mut admin = self.admin.lock();
         let entry = admin.slot(id)?;
-        let bitmap = entry.log.as_ref().ok_or(Error::NotLogging)?.current();
+        let bitmap = entry
+            .log
+            .as_ref()
+            .ok_or(Error::NotLogging)?
+            .current()
+            .clone();
         Ok((entry.slot.clone(), bitmap))
     }
 
-    /// Takes and protects the pages of `[start, end)`, which lie in one group. The order is rule 10's: first the bits,
+    /// Takes and protects `pages`, which lie in one group. The order is rule 10's: first the bits,
     /// then the leaves.
     #[expect(
         clippy::too_many_arguments,
-        reason = "the group's bounds belong to the walk of the caller"
+        reason = "a slot, its bitmap, and where to put what is found"
     )]
     fn clear_group(
         &self,
         cpu: CpuId,
+        id: SlotId,
         slot: &MemorySlot,
         bitmap: &Bitmap,
-        start: u64,
-        end: u64,
+        pages: Range<u64>,
         into: &mut PageSet,
         debt: &mut Debt<'_>,
     ) {
         let mut taken = [(0, 0); (GROUP_PAGES / WORD_PAGES) as usize];
         let mut count = 0;
-        bitmap.take_group(start, end, |first, bits| {
+        bitmap.take_group(pages.start, pages.end, |first, bits| {
             if let Some(entry) = taken.get_mut(count) {
                 *entry = (first, bits);
                 count += 1;
@@ -290,7 +327,7 @@ impl Stage2 {
         for &(first, bits) in taken.iter().take(count) {
             into.push(first, bits);
             let mut left = bits;
-            while let Err((rest, Busy)) = self.protect_word(cpu, slot, first, left, debt) {
+            while let Err((rest, Busy)) = self.protect_word(cpu, id, slot, first, left, debt) {
                 left = rest;
                 arch::yield_now();
             }
@@ -301,23 +338,29 @@ impl Stage2 {
     fn protect_word(
         &self,
         cpu: CpuId,
+        id: SlotId,
         slot: &MemorySlot,
         first: u64,
         bits: u64,
         debt: &mut Debt<'_>,
     ) -> Result<(), (u64, Busy)> {
         let active = self.services.quiescence.enter(cpu);
+        let context = self.context.load(&active);
+        let Some(rights) = context.tagged(id.0).map(|view| view.rights) else {
+            // The slot is being removed, and with it every leaf.
+            return Ok(());
+        };
         let _guard = self.lock.share();
         let mut left = bits;
         while left != 0 {
             let ipa = slot.ipa_of(first + u64::from(left.trailing_zeros()));
-            let Some(at) = self.root().walk_to(ipa, Level::L2, &active) else {
+            let Some(at) = self.walk_to(context, ipa, Level::L2, &active) else {
                 return Ok(());
             };
             if !at.found.is_table(at.level) {
-                let looked =
-                    protect_slot(at.slot, ipa, at.level, debt).map_err(|busy| (left, busy))?;
-                if looked == Looked::Done {
+                let looked = protect_slot(at.slot, ipa, at.level, rights, debt)
+                    .map_err(|busy| (left, busy))?;
+                if looked != Looked::Deeper {
                     left &= !pages_below(ipa, at.level, slot, first);
                 }
                 continue;
@@ -330,8 +373,8 @@ impl Stage2 {
                     break;
                 }
                 if let Some(leaf) = table.get(Level::L3.index_of(page)) {
-                    let _page =
-                        protect_slot(leaf, page, Level::L3, debt).map_err(|busy| (left, busy))?;
+                    let _page = protect_slot(leaf, page, Level::L3, rights, debt)
+                        .map_err(|busy| (left, busy))?;
                 }
                 left &= left - 1;
             }

@@ -6,9 +6,11 @@
 
 use crate::addr::{Ipa, PAGE_BYTES};
 use crate::arch;
+use crate::mmu::bitmap::Bitmap;
 use crate::mmu::descriptor::Descriptor;
-use crate::mmu::fault::{Access, Attempt, Resolution};
+use crate::mmu::fault::{Access, Attempt, Resolution, retry};
 use crate::mmu::geometry::Level;
+use crate::mmu::protect::record_pages;
 use crate::mmu::slot::{Contents, Context, SlotView};
 use crate::mmu::stage2::Stage2;
 use crate::mmu::tlb;
@@ -28,6 +30,10 @@ impl Stage2 {
         let Some((tag, view)) = context.slot_of(ipa) else {
             return Attempt::Give(Resolution::NoSlot);
         };
+        if !context.mapping {
+            return retry();
+        }
+        self.catch_up(cpu, context);
         if access == Access::Write && !view.slot.config.writable {
             return Attempt::Give(Resolution::Denied);
         }
@@ -52,11 +58,15 @@ impl Stage2 {
         let Ok(clean) = claimed else {
             return Attempt::Again;
         };
-        self.settle_claimed(cpu, ipa);
+        self.settle_claimed(cpu, context, ipa);
         if view.slot.config.contents == Contents::Zero {
             zero(leaf.to.raw(), at.level.span_pages());
         }
-        clean.make(Descriptor::leaf(&leaf, at.level, self.format()));
+        let made = Descriptor::leaf(&leaf, at.level, self.format());
+        clean.make(view.rights.set(made, at.level, write));
+        if let Some(mapped) = &view.mapped {
+            record_regions(mapped, view, ipa, at.level, cpu);
+        }
         if write {
             record(view, ipa, at.level, cpu);
         }
@@ -73,9 +83,8 @@ impl Stage2 {
         active: &'a Active<'_>,
     ) -> Result<Position<'a>, Attempt> {
         loop {
-            let at = context
-                .root
-                .walk(ipa, active)
+            let at = self
+                .walk(context, ipa, active)
                 .ok_or(Attempt::Give(Resolution::NoSlot))?;
             if at.found != Descriptor::EMPTY {
                 return Err(Attempt::Again);
@@ -96,26 +105,33 @@ impl Stage2 {
                 self.pool.put_back(cpu, table.abandon());
                 return Err(Attempt::Again);
             };
-            self.settle_claimed(cpu, ipa);
+            self.settle_claimed(cpu, context, ipa);
             clean.make(table.descriptor());
         }
     }
 
     /// Before a claimed slot around `ipa` is filled: it may be empty because an unmap took a leaf away whose invalidation
     /// is still owed. What is made may differ from that leaf in size or address, so it is invalidated here as well.
-    fn settle_claimed(&self, cpu: CpuId, ipa: Ipa) {
+    fn settle_claimed(&self, cpu: CpuId, context: &Context, ipa: Ipa) {
         if self.debts().any() {
-            self.under_vmid(cpu, || tlb::broadcast_one(ipa));
+            self.under_vmid(cpu, context.tree, || tlb::broadcast_one(ipa));
         }
     }
 }
 
 /// Records every page of a leaf that was just made writable while its slot is being logged.
 pub(crate) fn record(view: &SlotView, ipa: Ipa, level: Level, cpu: CpuId) {
-    let Some(log) = &view.log else { return };
-    let first = view.slot.page_of(ipa.align_down(level.span_bytes()));
-    for page in first..first + level.span_pages() {
-        log.set(page, cpu.0);
+    if let Some(log) = &view.log {
+        record_pages(log, &view.slot, ipa, level, cpu);
+    }
+}
+
+/// Records that something was mapped in the regions of a leaf: the spare root has to follow (`swap`).
+fn record_regions(mapped: &Bitmap, view: &SlotView, ipa: Ipa, level: Level, cpu: CpuId) {
+    let first = ipa.align_down(level.span_bytes());
+    let last = Ipa::new(first.raw() + level.span_bytes() - 1);
+    for region in view.slot.region_of(first)..=view.slot.region_of(last) {
+        mapped.set(region, cpu.0);
     }
 }
 

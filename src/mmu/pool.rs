@@ -173,6 +173,17 @@ impl<'f> Spares<'f> {
         }
         self.tables.push(table.abandon().0);
     }
+
+    /// Takes back the table at `table`, of `level`, which was just unlinked from a tree that nobody walks any more, with what
+    /// it leads to.
+    pub(crate) fn reclaim_linked(&mut self, table: Pa, level: Level, active: &Active<'_>) {
+        self.reclaim(SpareTable(table), level, active);
+    }
+
+    /// Whether there is none.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.tables.is_empty()
+    }
 }
 
 impl Drop for Spares<'_> {

@@ -4,10 +4,15 @@
 //! only if no other debt is open (rule 11). A busy slot is some CPU between break and make: its new leaves may be writable,
 //! so the walk waits outside the lock and looks again (rule 9); so it does for a frozen leaf, whose table is being replaced.
 
+use core::ops::Range;
+
 use crate::addr::Ipa;
 use crate::arch;
+use crate::mmu::bitmap::Bitmap;
+use crate::mmu::epoch::Tracking;
 use crate::mmu::geometry::Level;
-use crate::mmu::slot::{MemorySlot, SlotId};
+use crate::mmu::rights::Rights;
+use crate::mmu::slot::{Context, MemorySlot, SlotId, SlotView};
 use crate::mmu::stage2::Stage2;
 use crate::mmu::table::Slot;
 use crate::mmu::tlb::Debt;
@@ -26,6 +31,8 @@ pub(crate) struct Busy;
 pub(crate) enum Looked {
     /// It held a leaf or nothing, and is as it should be.
     Done,
+    /// It held a leaf that permitted stores, and is as it should be now.
+    Written,
     /// It held a table: look below.
     Deeper,
 }
@@ -36,6 +43,7 @@ pub(crate) fn protect_slot(
     slot: &Slot,
     ipa: Ipa,
     level: Level,
+    rights: Rights,
     debt: &mut Debt<'_>,
 ) -> Result<Looked, Busy> {
     let mut found = slot.load();
@@ -46,14 +54,18 @@ pub(crate) fn protect_slot(
         if found.is_table(level) {
             return Ok(Looked::Deeper);
         }
-        if !found.is_writable() {
+        if !found.is_leaf(level) || rights.is_revoked(found, level) {
             debt.join(ipa, level);
             return Ok(Looked::Done);
         }
-        match slot.compare_and_swap(found, found.read_only()) {
+        match slot.compare_and_swap(found, rights.revoke(found, level)) {
             Ok(()) => {
                 debt.add(ipa, level);
-                return Ok(Looked::Done);
+                return Ok(if rights.permits(found) {
+                    Looked::Written
+                } else {
+                    Looked::Done
+                });
             }
             Err(now) => found = now,
         }
@@ -61,7 +73,7 @@ pub(crate) fn protect_slot(
 }
 
 /// Makes the leaf in `slot` writable. Nothing is owed: a stale read-only entry costs one spurious fault.
-fn relax_slot(slot: &Slot, level: Level) -> Result<Looked, Busy> {
+fn relax_slot(slot: &Slot, level: Level, rights: Rights) -> Result<Looked, Busy> {
     let mut found = slot.load();
     loop {
         if found.is_held() {
@@ -70,51 +82,123 @@ fn relax_slot(slot: &Slot, level: Level) -> Result<Looked, Busy> {
         if found.is_table(level) {
             return Ok(Looked::Deeper);
         }
-        if !found.is_leaf(level) || found.is_writable() {
+        if !found.is_leaf(level) || rights.permits(found) {
             return Ok(Looked::Done);
         }
-        match slot.compare_and_swap(found, found.writable()) {
+        match slot.compare_and_swap(found, rights.grant(found)) {
             Ok(()) => return Ok(Looked::Done),
             Err(now) => found = now,
         }
     }
 }
 
+/// What is done with each slot that decides about a range: its address, its level, the snapshot it was found by.
+pub(crate) trait Visit:
+    FnMut(&Slot, Ipa, Level, &Context, &Active<'_>) -> Result<Option<Looked>, Busy>
+{
+}
+
+impl<T> Visit for T where
+    T: FnMut(&Slot, Ipa, Level, &Context, &Active<'_>) -> Result<Option<Looked>, Busy>
+{
+}
+
+/// Records the pages of `slot` that the leaf of `level` at `ipa` translates.
+pub(crate) fn record_pages(
+    written: &Bitmap,
+    slot: &MemorySlot,
+    ipa: Ipa,
+    level: Level,
+    cpu: CpuId,
+) {
+    let first = slot.page_of(ipa.align_down(level.span_bytes()));
+    for page in first..first + level.span_pages() {
+        written.set(page, cpu.0);
+    }
+}
+
 impl Stage2 {
-    /// Makes everything mapped in `slot` read-only; `debt` then owes everything.
-    pub(crate) fn protect_all(&self, cpu: CpuId, slot: &MemorySlot, debt: &mut Debt<'_>) {
+    /// Makes everything mapped in the slot `id` read-only; `debt` then owes everything. Where hardware tracks writes, what
+    /// it has marked is recorded in `written`.
+    pub(crate) fn protect_into(
+        &self,
+        cpu: CpuId,
+        id: SlotId,
+        slot: &MemorySlot,
+        written: &Bitmap,
+        debt: &mut Debt<'_>,
+    ) {
         debt.add_everything();
-        self.visit_slots(cpu, slot, |found, ipa, level, _| {
-            protect_slot(found, ipa, level, debt).map(Some)
+        self.protect_span(cpu, id, slot, slot.config.ipa..slot.end(), written, debt);
+    }
+
+    /// Makes what is mapped in `span` of the slot `id` read-only, and records in `written` what hardware has marked.
+    pub(crate) fn protect_span(
+        &self,
+        cpu: CpuId,
+        id: SlotId,
+        slot: &MemorySlot,
+        span: Range<Ipa>,
+        written: &Bitmap,
+        debt: &mut Debt<'_>,
+    ) {
+        let marks = self.tracking() == Tracking::Dbm;
+        self.visit_slots(cpu, span, |found, ipa, level, context, _| {
+            let Some(view) = context.tagged(id.0) else {
+                return Ok(None);
+            };
+            let looked = protect_slot(found, ipa, level, view.rights, debt)?;
+            if marks && looked == Looked::Written {
+                record_pages(written, slot, ipa, level, cpu);
+            }
+            Ok(Some(looked))
         });
+    }
+
+    /// Records in `written` what hardware has marked in `span` of `view`'s slot, and takes nothing.
+    pub(crate) fn read_marks(&self, cpu: CpuId, id: SlotId, slot: &MemorySlot, written: &Bitmap) {
+        if self.tracking() == Tracking::Fault {
+            return;
+        }
+        self.visit_slots(
+            cpu,
+            slot.config.ipa..slot.end(),
+            |found, ipa, level, context, _| {
+                let Some(view) = context.tagged(id.0) else {
+                    return Ok(None);
+                };
+                let leaf = found.load();
+                if leaf.is_table(level) {
+                    return Ok(Some(Looked::Deeper));
+                }
+                if view.rights.permits(leaf) {
+                    record_pages(written, slot, ipa, level, cpu);
+                }
+                Ok(Some(Looked::Done))
+            },
+        );
     }
 
     /// Makes everything mapped in the slot `id` writable again, unless somebody logs it meanwhile: who enables logging
     /// publishes that, waits for a grace period, and protects afterwards.
     pub(crate) fn relax_all(&self, cpu: CpuId, id: SlotId, slot: &MemorySlot) {
-        self.visit_slots(cpu, slot, |found, _, level, active| {
-            let context = self.context.load(active);
-            if context
-                .tagged(id.0)
-                .is_none_or(|view| view.log.is_some() || !view.slot.config.writable)
-            {
-                return Ok(None);
-            }
-            relax_slot(found, level).map(Some)
-        });
+        let relaxable = |view: &&SlotView| view.log.is_none() && view.slot.config.writable;
+        self.visit_slots(
+            cpu,
+            slot.config.ipa..slot.end(),
+            |found, _, level, context, _| match context.tagged(id.0).filter(relaxable) {
+                Some(view) => relax_slot(found, level, view.rights).map(Some),
+                None => Ok(None),
+            },
+        );
     }
 
-    /// Calls `visit` with every slot that decides about memory of `slot`, until it says `None`: inside sections, under the
+    /// Calls `visit` with every slot that decides about memory of `span`, until it says `None`: inside sections, under the
     /// shared lock, waiting outside both for what is busy. A block that becomes a table meanwhile is visited leaf by leaf.
-    fn visit_slots(
-        &self,
-        cpu: CpuId,
-        slot: &MemorySlot,
-        mut visit: impl FnMut(&Slot, Ipa, Level, &Active<'_>) -> Result<Option<Looked>, Busy>,
-    ) {
-        let mut ipa = slot.config.ipa;
-        while ipa < slot.end() {
-            match self.visit_step(cpu, ipa, slot.end(), &mut visit) {
+    pub(crate) fn visit_slots(&self, cpu: CpuId, span: Range<Ipa>, mut visit: impl Visit) {
+        let mut ipa = span.start;
+        while ipa < span.end {
+            match self.visit_step(cpu, ipa, span.end, &mut visit) {
                 Ok(next) => ipa = next,
                 Err((stalled, Busy)) => {
                     ipa = stalled;
@@ -130,19 +214,21 @@ impl Stage2 {
         cpu: CpuId,
         ipa: Ipa,
         end: Ipa,
-        visit: &mut impl FnMut(&Slot, Ipa, Level, &Active<'_>) -> Result<Option<Looked>, Busy>,
+        visit: &mut impl Visit,
     ) -> Result<Ipa, (Ipa, Busy)> {
         let active = self.services.quiescence.enter(cpu);
+        let context = self.context.load(&active);
         let _guard = self.lock.share();
-        let Some(at) = self.root().walk_to(ipa, Level::L2, &active) else {
+        let Some(at) = self.walk_to(context, ipa, Level::L2, &active) else {
             return Ok(end);
         };
         let next = Ipa::new(ipa.align_down(at.level.span_bytes()).raw() + at.level.span_bytes());
         if !at.found.is_table(at.level) {
-            let looked = visit(at.slot, ipa, at.level, &active).map_err(|busy| (ipa, busy))?;
+            let looked =
+                visit(at.slot, ipa, at.level, context, &active).map_err(|busy| (ipa, busy))?;
             return Ok(match looked {
-                Some(Looked::Done) => next,
                 Some(Looked::Deeper) => ipa,
+                Some(_) => next,
                 None => end,
             });
         }
@@ -154,7 +240,8 @@ impl Stage2 {
             if page >= end {
                 break;
             }
-            let looked = visit(slot, page, Level::L3, &active).map_err(|busy| (page, busy))?;
+            let looked =
+                visit(slot, page, Level::L3, context, &active).map_err(|busy| (page, busy))?;
             if looked.is_none() {
                 return Ok(end);
             }

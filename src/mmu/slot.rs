@@ -11,7 +11,8 @@ use crate::mmu::bitmap::{Bitmap, WORD_PAGES};
 use crate::mmu::descriptor::{Leaf, Memory, TAGS, Tag};
 use crate::mmu::error::Error;
 use crate::mmu::geometry::{Level, Shape};
-use crate::mmu::walk::Root;
+use crate::mmu::rights::Rights;
+use crate::mmu::walk::Tree;
 
 /// Names a slot of a VM: 0 to 7.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -131,6 +132,17 @@ impl MemorySlot {
         ipa.page().wrapping_sub(self.config.ipa.page())
     }
 
+    /// Regions of 2 MiB that the slot touches.
+    pub(crate) fn regions(&self) -> u64 {
+        self.region_of(Ipa::new(self.end().raw() - 1)) + 1
+    }
+
+    /// The number, among those, of the region around `ipa`.
+    pub(crate) fn region_of(&self, ipa: Ipa) -> u64 {
+        let region = |ipa: Ipa| ipa.raw() / Level::L2.span_bytes();
+        region(ipa).wrapping_sub(region(self.config.ipa))
+    }
+
     /// The guest address of page `page` of the slot.
     pub(crate) fn ipa_of(&self, page: u64) -> Ipa {
         Ipa::new(self.config.ipa.raw() + page * PAGE_BYTES)
@@ -188,12 +200,25 @@ pub(crate) struct SlotView {
     pub(crate) slot: Arc<MemorySlot>,
     /// Where writes are recorded, while they are.
     pub(crate) log: Option<Arc<Bitmap>>,
+    /// The bitmap of the epoch before, as long as it says which leaves may still be writable (engine `lazy`).
+    pub(crate) closed: Option<Arc<Bitmap>>,
+    /// Where regions of 2 MiB are recorded in which something is mapped (engine `swap`).
+    pub(crate) mapped: Option<Arc<Bitmap>>,
+    /// What the permission bits of its leaves mean.
+    pub(crate) rights: Rights,
 }
 
 /// Everything a fault handler needs, as one snapshot, used to its end (rule 3).
 #[derive(Clone, Debug)]
 pub(crate) struct Context {
-    pub(crate) root: Root,
+    /// What the VM runs under.
+    pub(crate) tree: Tree,
+    /// Counts the changes of what CPUs hold in registers: `tree` and `s2pir`.
+    pub(crate) generation: u64,
+    /// S2PIR_EL2, with indirect permissions.
+    pub(crate) s2pir: u64,
+    /// Whether empty slots may be filled; not while a root is about to be replaced.
+    pub(crate) mapping: bool,
     pub(crate) slots: [Option<SlotView>; TAGS],
 }
 

@@ -19,7 +19,7 @@
 //! conflicts; that is no debt, nobody needs to wait for it or join it.
 
 use crate::addr::Ipa;
-use crate::mmu::descriptor::{Descriptor, View};
+use crate::mmu::descriptor::Descriptor;
 use crate::mmu::fault::{Attempt, Resolution};
 use crate::mmu::geometry::Level;
 use crate::mmu::map::record;
@@ -42,7 +42,7 @@ impl Stage2 {
         at: &Position<'_>,
         active: &Active<'_>,
     ) -> Attempt {
-        let (View::Leaf(block), Some(level)) = (at.found.view(at.level), at.level.deeper()) else {
+        let Some(level) = at.level.deeper() else {
             return Attempt::Again;
         };
         let Some(table) = self.pool.take(cpu) else {
@@ -50,11 +50,11 @@ impl Stage2 {
         };
         let written = (level == Level::L3).then(|| level.index_of(ipa));
         let empty = self.splitting.policy == Policy::FaultEmpty;
-        let first = Descriptor::leaf(&block, level, self.format());
+        let first = view.rights.revoke(at.found, level).of_level(level);
         table.fill(active, |index| {
             let leaf = first.further(index as u64 * level.span_bytes());
             match (written == Some(index), empty) {
-                (true, _) => leaf.writable().young(),
+                (true, _) => view.rights.grant(leaf).young(),
                 (false, false) => leaf,
                 (false, true) => Descriptor::EMPTY,
             }
@@ -88,7 +88,7 @@ impl Stage2 {
         let active = self.services.quiescence.enter(cpu);
         let context = self.context.load(&active);
         let _guard = self.lock.share();
-        let Some(at) = context.root.walk(ipa, &active) else {
+        let Some(at) = self.walk(context, ipa, &active) else {
             return false;
         };
         if at.found.is_held() {
@@ -101,7 +101,7 @@ impl Stage2 {
         else {
             return false;
         };
-        let writable = at.found.writable().young();
+        let writable = view.rights.grant(at.found).young();
         if at.slot.compare_and_swap(at.found, writable).is_ok() {
             record(view, ipa, at.level, cpu);
         }

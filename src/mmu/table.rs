@@ -58,6 +58,14 @@ impl Slot {
         arch::note_descriptor(self.pa(), Descriptor::BUSY.bits(), new.bits());
     }
 
+    /// Stores `new` in a slot of a tree that no CPU runs under and nothing of which is cached.
+    pub(crate) fn edit(&self, new: Descriptor) {
+        let old = self.load();
+        self.0.store(new.bits(), Ordering::Release);
+        percpu::count(Event::DescriptorsPrepared);
+        arch::note_descriptor(self.pa(), old.bits(), new.bits());
+    }
+
     /// Fills a slot of a table that no walker can reach yet.
     pub(crate) fn prepare(&self, descriptor: Descriptor) {
         self.0.store(descriptor.bits(), Ordering::Relaxed);

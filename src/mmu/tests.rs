@@ -9,9 +9,9 @@ use std::vec::Vec;
 use crate::addr::{Ipa, Pa, Va, to_index};
 use crate::mem::TableFrames;
 use crate::mmu::{
-    Access, Config, Contents, Error, Extent, Fault, FaultKind, Format, Level, Locking, Memory,
-    PageSet, Resolution, Services, Shape, SlotConfig, SlotId, Splitting, Stage2, TlbFeatures,
-    VmidAllocator,
+    Access, Config, Contents, Engine, Error, Extent, Fault, FaultKind, Format, Hardware, Level,
+    Locking, Memory, PageSet, Permissions, Resolution, Services, Shape, SlotConfig, SlotId,
+    Splitting, Stage2, TlbFeatures, Tracking, VmidAllocator,
 };
 use crate::sync::quiescence::{CpuId, Domain};
 
@@ -47,13 +47,19 @@ fn stage2(locking: Locking) -> Stage2 {
         frames: Box::new(HostFrames),
         format: Format {
             forced_write_back: false,
+            permissions: Permissions::Direct,
         },
         tlb: TlbFeatures { range: false },
+        hardware: Hardware::default(),
+        idle_vttbr: 0,
+        kick: Box::new(|_| {}),
     };
     let config = Config {
         locking,
         shape: Shape::new(40).unwrap(),
         splitting: Splitting::default(),
+        engine: Engine::Walk,
+        tracking: Tracking::Fault,
     };
     let stage2 = Stage2::new(config, Arc::new(services)).unwrap();
     stage2.load(CPU);
@@ -100,7 +106,7 @@ fn leaves(stage2: &Stage2) -> Vec<(u64, Level, bool)> {
 
 fn dirty(stage2: &Stage2, slot: SlotId) -> Vec<u64> {
     let mut set = PageSet::default();
-    stage2.dirty(slot, &mut set).unwrap();
+    stage2.dirty(CPU, slot, &mut set).unwrap();
     set.pages().collect()
 }
 
@@ -137,12 +143,14 @@ fn a_write_is_recorded_once_between_clears() {
         assert!(clear_all(&stage2, slot).is_empty());
         touch(&stage2, 7, Access::Write);
         let mut closed = PageSet::default();
-        stage2.next_epoch(CPU, slot, &mut closed).unwrap();
+        let epoch = stage2.next_epoch(CPU).unwrap().epoch;
+        assert_eq!(stage2.next_epoch(CPU), Err(Error::NotHarvested(slot)));
+        stage2.harvest(CPU, slot, epoch, &mut closed).unwrap();
         assert_eq!(closed.pages().collect::<Vec<_>>(), [7]);
         assert!(dirty(&stage2, slot).is_empty());
         stage2.disable_logging(CPU, slot).unwrap();
         touch(&stage2, 7, Access::Write);
-        assert_eq!(stage2.dirty(slot, &mut closed), Err(Error::NotLogging));
+        assert_eq!(stage2.dirty(CPU, slot, &mut closed), Err(Error::NotLogging));
         stage2.unload(CPU);
         stage2.destroy(CPU);
     }

@@ -214,7 +214,7 @@ impl Stage2 {
     pub(crate) fn invalidate(&self, cpu: CpuId, owed: &Owed) {
         if !matches!(owed, Owed::Nothing) {
             arch::dsb_ishst();
-            self.under_vmid(cpu, || invalidate(owed, self.tlb_features()));
+            self.under_vmid(cpu, self.tree(), || invalidate(owed, self.tlb_features()));
         }
     }
 }

@@ -7,13 +7,14 @@ use crate::arch;
 use crate::mmu::descriptor::{Descriptor, Leaf, View};
 use crate::mmu::error::Error;
 use crate::mmu::geometry::Level;
+use crate::mmu::map::record;
 use crate::mmu::pool::Unlinked;
 use crate::mmu::protect::Busy;
 use crate::mmu::slot::SlotId;
 use crate::mmu::stage2::{Stage2, note_root};
 use crate::mmu::table::{Slot, root_at};
-use crate::mmu::tlb::Debt;
-use crate::mmu::walk::table_of;
+use crate::mmu::tlb::{self, Debt};
+use crate::mmu::walk::{Tree, table_of};
 use crate::sync::quiescence::{Active, CpuId};
 
 impl Stage2 {
@@ -31,9 +32,16 @@ impl Stage2 {
     pub fn unmap(&self, cpu: CpuId, ipa: Ipa, bytes: u64) -> Result<(), Error> {
         let bad = Error::BadRange(ipa, bytes);
         let aligned = ipa.is_aligned(PAGE_BYTES) && bytes.is_multiple_of(PAGE_BYTES);
-        if bytes == 0 || !aligned || !self.root().shape.contains(ipa, bytes) {
+        if bytes == 0 || !aligned || !self.shape().contains(ipa, bytes) {
             return Err(bad);
         }
+        let _operation = self.begin_operation();
+        self.outdate_spare(cpu);
+        self.unmap_span(cpu, ipa, bytes)
+    }
+
+    fn unmap_span(&self, cpu: CpuId, ipa: Ipa, bytes: u64) -> Result<(), Error> {
+        let bad = Error::BadRange(ipa, bytes);
         let end = Ipa::new(ipa.raw() + bytes);
         let mut debt = Debt::open(self, cpu);
         let mut at = ipa;
@@ -64,8 +72,9 @@ impl Stage2 {
         debt: &mut Debt<'_>,
     ) -> Result<Option<Ipa>, Busy> {
         let active = self.services.quiescence.enter(cpu);
+        let context = self.context.load(&active);
         let _guard = self.lock.share();
-        let Some(place) = self.root().walk(at, &active) else {
+        let Some(place) = self.walk(context, at, &active) else {
             return Ok(Some(end));
         };
         let base = at.align_down(place.level.span_bytes());
@@ -88,6 +97,12 @@ impl Stage2 {
             match place.slot.compare_and_swap(found, Descriptor::EMPTY) {
                 Ok(()) => {
                     debt.add(at, place.level);
+                    if let Some(view) = context.tagged(found.tag())
+                        && view.rights.permits(found)
+                    {
+                        // Hardware may have marked it, which nobody has recorded.
+                        record(view, at, place.level, cpu);
+                    }
                     return Ok(Some(next));
                 }
                 Err(now) => found = now,
@@ -104,6 +119,8 @@ impl Stage2 {
     ///
     /// [`Error::NoSlot`].
     pub fn remove_slot(&self, cpu: CpuId, id: SlotId) -> Result<(), Error> {
+        let _operation = self.begin_operation();
+        self.outdate_spare(cpu);
         let slot = {
             let mut admin = self.admin.lock();
             let entry = admin
@@ -114,7 +131,7 @@ impl Stage2 {
             self.publish(&admin);
             entry.slot
         };
-        self.unmap(cpu, slot.config.ipa, slot.bytes())
+        self.unmap_span(cpu, slot.config.ipa, slot.bytes())
     }
 
     /// Calls `visit(ipa, level, leaf)` for every leaf, ascending.
@@ -122,9 +139,14 @@ impl Stage2 {
     /// Rounding: none. Races: leaves that change meanwhile are seen before or after. TLB: nothing owed. Cost: every table.
     pub fn for_each_leaf(&self, cpu: CpuId, mut visit: impl FnMut(Ipa, Level, Leaf)) {
         let active = self.services.quiescence.enter(cpu);
-        let root = self.root();
+        let root = self.context.load(&active).tree.root;
         // SAFETY: The root lives as long as `self`.
         let slots = unsafe { root_at(root.pa, root.shape.root_entries(), &active) };
+        let mut visit = |ipa, level, found: Descriptor| {
+            if let View::Leaf(leaf) = found.view(level, self.format()) {
+                visit(ipa, level, leaf);
+            }
+        };
         visit_leaves(slots, root.shape.start(), Ipa::new(0), &active, &mut visit);
     }
 
@@ -133,23 +155,29 @@ impl Stage2 {
     /// Rounding: none. Races: none left. TLB: all entries of the VMID are invalidated before a table is freed. Cost: every
     /// table, one grace period.
     pub fn destroy(self, cpu: CpuId) {
-        let mut debt = Debt::open(&self, cpu);
-        debt.add_everything();
-        debt.pay();
-        self.services.vmids.release(self.vmid());
+        let (live, spare) = self.trees();
+        for tree in [Some(live), spare].into_iter().flatten() {
+            self.take_apart(cpu, tree);
+        }
+        self.pool.drain(&*self.services.frames);
+    }
+
+    fn take_apart(&self, cpu: CpuId, Tree { root, vmid }: Tree) {
+        let tree = Tree { root, vmid };
+        arch::dsb_ishst();
+        self.under_vmid(cpu, tree, tlb::everything);
+        self.services.vmids.release(self.vmid(tree));
         let frames = &*self.services.frames;
         let mut tables = Vec::new();
         {
             let active = self.services.quiescence.enter(cpu);
-            let root = self.root();
             // SAFETY: The root lives until it is released below.
             let slots = unsafe { root_at(root.pa, root.shape.root_entries(), &active) };
             collect_tables(slots, root.shape.start(), &active, &mut tables);
         }
         Unlinked::free(tables, &self.services.quiescence, frames);
-        self.pool.drain(frames);
-        note_root(self.root().pa, self.root().shape, false);
-        frames.release(self.root().pa, self.root().shape.root_pages());
+        note_root(root.pa, root.shape, false);
+        frames.release(root.pa, root.shape.root_pages());
     }
 }
 
@@ -158,19 +186,21 @@ fn visit_leaves(
     level: Level,
     base: Ipa,
     active: &Active<'_>,
-    visit: &mut impl FnMut(Ipa, Level, Leaf),
+    visit: &mut impl FnMut(Ipa, Level, Descriptor),
 ) {
     for (index, slot) in slots.iter().enumerate() {
         let ipa = Ipa::new(base.raw() + index as u64 * level.span_bytes());
         let found = slot.load();
-        match (found.view(level), level.deeper()) {
-            (View::Table(_), Some(deeper)) => {
-                visit_leaves(table_of(found, active), deeper, ipa, active, visit);
-            }
-            (View::Leaf(leaf), _) => visit(ipa, level, leaf),
-            _ => {}
+        match level.deeper().filter(|_| leads_on(found, level)) {
+            Some(deeper) => visit_leaves(table_of(found, active), deeper, ipa, active, visit),
+            None => visit(ipa, level, found),
         }
     }
+}
+
+/// Whether `found` leads to a table, deferred or not.
+fn leads_on(found: Descriptor, level: Level) -> bool {
+    found.is_table(level) || found.is_deferred()
 }
 
 fn collect_tables(slots: &[Slot], level: Level, active: &Active<'_>, tables: &mut Vec<Unlinked>) {
@@ -178,7 +208,7 @@ fn collect_tables(slots: &[Slot], level: Level, active: &Active<'_>, tables: &mu
     for found in slots
         .iter()
         .map(Slot::load)
-        .filter(|found| found.is_table(level))
+        .filter(|found| leads_on(*found, level))
     {
         collect_tables(table_of(found, active), deeper, active, tables);
         tables.push(Unlinked::new(found.address()));

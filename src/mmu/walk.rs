@@ -1,11 +1,14 @@
 //! The one walker: from an IPA to the slot that decides about it.
 //!
-//! Lockless and read-only: each step is an acquire load, and an [`Active`] section keeps every table it passes from
-//! being freed. It ends at the first slot that is not a table: a leaf, an empty slot or a busy one.
+//! Lockless: each step is an acquire load, and an [`Active`] section keeps every table it passes from being freed. It ends
+//! at the first slot that is not a table: a leaf, an empty slot or a busy one. A deferred table is looked through on the way
+//! (`lazy`), so that nobody above meets one.
 
 use crate::addr::{Ipa, Pa};
 use crate::mmu::descriptor::Descriptor;
 use crate::mmu::geometry::{Level, Shape};
+use crate::mmu::slot::Context;
+use crate::mmu::stage2::Stage2;
 use crate::mmu::table::{Slot, Table, root_at, table_at};
 use crate::sync::quiescence::Active;
 
@@ -14,6 +17,14 @@ use crate::sync::quiescence::Active;
 pub(crate) struct Root {
     pub(crate) pa: Pa,
     pub(crate) shape: Shape,
+}
+
+/// A tree with what its translations are cached under.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) struct Tree {
+    pub(crate) root: Root,
+    /// Which of the VM's two VMIDs.
+    pub(crate) vmid: usize,
 }
 
 /// Where a walk ended.
@@ -25,14 +36,37 @@ pub(crate) struct Position<'a> {
     pub(crate) found: Descriptor,
 }
 
-impl Root {
+impl Stage2 {
     /// Walks to the slot that decides about `ipa`; `None` outside the guest's address space.
     #[inline]
-    pub(crate) fn walk<'a>(self, ipa: Ipa, active: &'a Active<'_>) -> Option<Position<'a>> {
-        self.walk_to(ipa, Level::L3, active)
+    pub(crate) fn walk<'a>(
+        &self,
+        context: &Context,
+        ipa: Ipa,
+        active: &'a Active<'_>,
+    ) -> Option<Position<'a>> {
+        self.walk_to(context, ipa, Level::L3, active)
     }
 
-    /// As [`Root::walk`], but goes no deeper than `limit`, where it may end on a table.
+    /// As [`Stage2::walk`], but goes no deeper than `limit`, where it may end on a table.
+    #[inline]
+    pub(crate) fn walk_to<'a>(
+        &self,
+        context: &Context,
+        ipa: Ipa,
+        limit: Level,
+        active: &'a Active<'_>,
+    ) -> Option<Position<'a>> {
+        let at = context.tree.root.walk_to(ipa, limit, active)?;
+        if at.found.is_deferred() {
+            return self.walk_deferred(context, ipa, limit, active);
+        }
+        Some(at)
+    }
+}
+
+impl Root {
+    /// Walks to the slot that decides about `ipa`, no deeper than `limit`, where it may end on a table, as on a deferred one.
     #[inline]
     pub(crate) fn walk_to<'a>(
         self,

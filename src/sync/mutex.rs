@@ -11,10 +11,12 @@ type Inner<T> = spin::Mutex<T>;
 #[cfg(loom)]
 type Inner<T> = loom::sync::Mutex<T>;
 
+/// Holds a [`Mutex`] until it is dropped.
 #[cfg(not(loom))]
-type Guard<'a, T> = spin::MutexGuard<'a, T>;
+pub type Guard<'a, T> = spin::MutexGuard<'a, T>;
+/// Holds a [`Mutex`] until it is dropped.
 #[cfg(loom)]
-type Guard<'a, T> = loom::sync::MutexGuard<'a, T>;
+pub type Guard<'a, T> = loom::sync::MutexGuard<'a, T>;
 
 impl<T> Mutex<T> {
     /// A free mutex around `value`.

@@ -7,7 +7,7 @@ use spin::Once;
 use crate::arch::features::Features;
 use crate::dev::gic::{Gic, KICK};
 use crate::dev::machine::{Machine, QEMU_VIRT};
-use crate::mmu::{Bbm, Services};
+use crate::mmu::{Bbm, Engine, Services};
 use crate::sync::percpu;
 use crate::trace::Event;
 use crate::trace::ring::Mark;
@@ -22,8 +22,6 @@ pub struct Host {
     pub features: Features,
     /// What the MMUs share: grace periods, VMIDs, frames for tables.
     pub services: Arc<Services>,
-    /// VTTBR_EL2 of a CPU without a guest: tables that translate nothing, under the reserved VMID.
-    pub idle_vttbr: u64,
 }
 
 impl core::fmt::Debug for Host {
@@ -38,7 +36,7 @@ impl core::fmt::Debug for Host {
 static HOST: Once<Host> = Once::new();
 
 /// Makes CPU `cpu` look at its work. What the caller wrote before is visible to it then.
-pub(crate) fn kick(gic: &Gic, cpu: usize) {
+pub fn kick(gic: &Gic, cpu: usize) {
     percpu::count(Event::Kicks);
     percpu::this()
         .ring
@@ -60,6 +58,15 @@ impl Host {
             Bbm::Two
         } else {
             Bbm::Zero
+        }
+    }
+
+    /// The engine that takes least time to protect everything on this machine.
+    pub fn auto_engine(&self) -> Engine {
+        if self.features.s2pie {
+            Engine::Pie
+        } else {
+            Engine::Swap
         }
     }
 

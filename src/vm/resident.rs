@@ -83,7 +83,7 @@ impl<'a> Resident<'a> {
         self.parked.frame = self.frame.clone();
         self.parked.awaiting = self.awaiting;
         // SAFETY: the CPU holds this vCPU; the idle root translates nothing.
-        unsafe { arch::put(&mut self.parked.el1, self.host.idle_vttbr) };
+        unsafe { arch::put(&mut self.parked.el1, self.host.services.idle_vttbr) };
         self.vm.stage2.unload(self.cpu);
         percpu::this()
             .ring
@@ -110,12 +110,14 @@ impl<'a> Resident<'a> {
             if self.vm.is_stopping() {
                 return false;
             }
+            self.vm.stage2.refresh(self.cpu);
             if self.vcpu.attention.load(Ordering::Relaxed) {
                 self.relist();
             }
             if self.is_ready() {
                 return true;
             }
+            self.vm.stage2.rest(self.cpu);
             arch::wfi();
             self.take_interrupt();
         }

@@ -17,8 +17,8 @@ use crate::arch::context::Stage2Geometry;
 use crate::dev::gic::Gic;
 use crate::dev::machine;
 use crate::mmu::{
-    self, Config, Contents, Extent, Level, Locking, Memory, Shape, SlotConfig, SlotId, Splitting,
-    Stage2,
+    self, Config, Contents, Engine, Extent, Level, Locking, Memory, Shape, SlotConfig, SlotId,
+    Splitting, Stage2, Tracking,
 };
 use crate::sync::percpu;
 use crate::sync::quiescence::CpuId;
@@ -57,6 +57,10 @@ pub struct VmConfig {
     pub locking: Locking,
     /// How blocks become tables while it is logged.
     pub splitting: Splitting,
+    /// Who protects everything when an epoch ends.
+    pub engine: Engine,
+    /// How a write becomes known.
+    pub tracking: Tracking,
     /// Takes HPFAR_EL2 for true on permission faults, which the architecture does not promise; to measure its absence.
     pub trust_hpfar: bool,
     /// Where vCPU 0 begins, with its MMU off and [`RAM`] in x0.
@@ -183,6 +187,8 @@ impl Vm {
             start_level: shape.start() as u32,
             pa_range: pa_range(host.features.pa_bits),
             wide_vmid: host.features.vmid_bits == 16,
+            indirection: config.engine == Engine::Pie,
+            dirty_state: config.tracking == Tracking::Dbm,
         };
         let counter = arch::counter();
         let vm = Self {
@@ -191,6 +197,8 @@ impl Vm {
                     locking: config.locking,
                     shape,
                     splitting: config.splitting,
+                    engine: config.engine,
+                    tracking: config.tracking,
                 },
                 host.services.clone(),
             )?,

@@ -8,7 +8,7 @@ use vellum::addr::Pa;
 use vellum::mmu::bitmap::Bitmap;
 use vellum::mmu::descriptor::{Descriptor, Leaf, Tag};
 use vellum::mmu::table::Slot;
-use vellum::mmu::{Format, Level, Memory};
+use vellum::mmu::{Format, Level, Memory, Permissions};
 
 /// The page that everything here is about, and the CPU whose guest writes to it.
 pub(crate) const PAGE: u64 = 5;
@@ -81,6 +81,7 @@ pub(crate) fn leaf(write: bool, level: Level) -> Descriptor {
     };
     let format = Format {
         forced_write_back: false,
+        permissions: Permissions::Direct,
     };
     Descriptor::leaf(&leaf, level, format)
 }

@@ -158,6 +158,6 @@ fn good_fault_empty_policy_refuses_memory_that_it_would_zero() {
     let id = vm.stage2.add_slot(config).expect("room for a slot");
     let refused = vm.stage2.enable_logging(CpuId(0), id, false);
     assert_eq!(refused, Err(Error::MustKeep));
-    let dirty = vm.stage2.dirty(id, &mut PageSet::default());
+    let dirty = vm.stage2.dirty(CpuId(0), id, &mut PageSet::default());
     assert_eq!(dirty, Err(Error::NotLogging));
 }

@@ -13,8 +13,9 @@ use vellum::arch::fake::{self, Machine, Outcome};
 use vellum::mem::TableFrames;
 use vellum::mmu::descriptor::Leaf;
 use vellum::mmu::{
-    Access, Collapse, Config, Fault, FaultKind, Format, Level, Locking, PageSet, Resolution,
-    Services, Shape, Split, Splitting, Stage2, TlbFeatures, VmidAllocator,
+    Access, Collapse, Config, Engine, Fault, FaultKind, Format, Hardware, Level, Locking, PageSet,
+    Permissions, Resolution, Services, Shape, Split, Splitting, Stage2, TlbFeatures, Tracking,
+    VmidAllocator,
 };
 use vellum::sync::percpu;
 use vellum::sync::quiescence::{CpuId, Domain};
@@ -132,10 +133,14 @@ impl Rig {
             frames: Box::new(HostFrames(Arc::clone(&frames))),
             format: Format {
                 forced_write_back: false,
+                permissions: Permissions::Direct,
             },
             tlb: TlbFeatures {
                 range: plan.range_tlbi,
             },
+            hardware: Hardware::default(),
+            idle_vttbr: 0,
+            kick: Box::new(|_| {}),
         };
         let holds = RefCell::new((0..plan.cpus).map(|_| None).collect());
         Self {
@@ -154,6 +159,8 @@ impl Rig {
             locking: self.plan.locking,
             shape,
             splitting: self.plan.splitting,
+            engine: Engine::Walk,
+            tracking: Tracking::Fault,
         };
         let stage2 = Stage2::new(config, Arc::clone(&self.services)).expect("frames for a root");
         Rc::new(Vm {
@@ -393,7 +400,7 @@ impl Rig {
         let mut set = PageSet::default();
         let id = vm.slots.borrow()[index].id;
         self.machine
-            .on(cpu, || vm.stage2.dirty(id, &mut set))
+            .on(cpu, || vm.stage2.dirty(CpuId(cpu), id, &mut set))
             .expect("a logged slot");
         set.pages().collect()
     }
@@ -438,15 +445,29 @@ impl Rig {
     /// Closes the epoch of slot `index` and copies what is reported.
     pub(crate) fn next_epoch(&self, cpu: usize, vm: &Vm, index: usize) -> BTreeSet<u64> {
         let slots = vm.slots.borrow();
-        let slot = &slots[index];
-        let mut set = PageSet::default();
-        let tried = core::mem::take(&mut *slot.reportable.borrow_mut());
+        let take = |slot: &ModelSlot| core::mem::take(&mut *slot.reportable.borrow_mut());
+        let tried: Vec<_> = slots.iter().map(take).collect();
         let closed = self
             .machine
-            .on(cpu, || vm.stage2.next_epoch(CpuId(cpu), slot.id, &mut set));
-        closed.expect("a logged slot");
-        self.harvest(vm, slot, &set, &tried);
-        set.pages().collect()
+            .on(cpu, || vm.stage2.next_epoch(CpuId(cpu)))
+            .expect("a logged slot");
+        let mut reported = BTreeSet::new();
+        for (at, (slot, tried)) in slots.iter().zip(&tried).enumerate() {
+            if slot.copied.borrow().is_none() {
+                continue;
+            }
+            let mut set = PageSet::default();
+            let harvested = self.machine.on(cpu, || {
+                let stage2 = &vm.stage2;
+                stage2.harvest(CpuId(cpu), slot.id, closed.epoch, &mut set)
+            });
+            harvested.expect("a closed epoch");
+            self.harvest(vm, slot, &set, tried);
+            if at == index {
+                reported = set.pages().collect();
+            }
+        }
+        reported
     }
 
     /// `set` was reported: nothing of it may still be written unseen. Copies it.

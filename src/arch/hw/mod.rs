@@ -20,13 +20,14 @@ pub use cache::{dc_civac_range, set_coherent_guests, zero_page};
 pub use control::{affinity, id_registers, level_with, write_control_registers};
 pub use gic::{icc_dir, icc_eoir1, icc_iar1, icc_init, icc_sgi1r};
 pub use registers::{
-    Syndrome, at_s1e1r, counter, counter_hz, hvc, percpu_pointer, set_percpu_pointer, smc, syndrome,
+    Syndrome, at_s1e1r, counter, counter_hz, hvc, percpu_pointer, set_percpu_pointer, set_s2pir,
+    smc, syndrome,
 };
 pub use tlbi::{
     tlbi_alle1is, tlbi_ipas2e1, tlbi_ipas2e1is, tlbi_ripas2e1is, tlbi_vaae1, tlbi_vmalle1is,
     tlbi_vmalls12e1, tlbi_vmalls12e1is,
 };
-pub use vttbr::{set_vttbr, shield_stage1, vttbr, with_vttbr};
+pub use vttbr::{replace_vttbr, set_vttbr, shield_stage1, vttbr, with_vttbr};
 
 use crate::addr::Pa;
 

@@ -54,6 +54,15 @@ pub unsafe fn set_percpu_pointer(pointer: usize) {
     TPIDR_EL2.set(pointer as u64);
 }
 
+/// Sets S2PIR_EL2 (FEAT_S2PIE), what the permission indices of this CPU's stage 2 mean, and synchronizes. Entries that were
+/// cached before may keep the meaning they had.
+#[inline]
+pub fn set_s2pir(value: u64) {
+    // SAFETY: the CPU has the register, or no VM would use it; it concerns EL1&0 only.
+    unsafe { msr!("s3_4_c10_c2_5", value) };
+    isb();
+}
+
 /// CNTPCT_EL0, read in program order.
 #[inline]
 pub fn counter() -> u64 {

@@ -41,6 +41,20 @@ pub fn set_vttbr(value: u64) {
     isb();
 }
 
+/// Gives this CPU, which may hold a vCPU, the VTTBR_EL2 `value` for good; the vCPU's EL1 state stays.
+pub fn replace_vttbr(value: u64) {
+    if vttbr() == value {
+        return;
+    }
+    let (sctlr, tcr) = (SCTLR_EL1.get(), TCR_EL1.get());
+    shield_stage1();
+    set_vttbr(value);
+    SCTLR_EL1.set(sctlr);
+    isb();
+    TCR_EL1.set(tcr);
+    isb();
+}
+
 /// Runs `work` with VTTBR_EL2 = `value` and restores it; the only way to issue an invalidation under a VMID that this
 /// CPU is not running. `work` must not enter a guest.
 #[inline]
