@@ -81,6 +81,8 @@ fn case(stage: &Stage<'_>, cast: Cast) -> Result<bool, Refusal> {
     Row::new("churn", "loop", stage.params.timing.name())
         .param("vcpus", cast.vcpus)
         .word("locking", cast.locking.name())
+        .word("engine", cast.engine.name())
+        .word("tracking", cast.tracking.name())
         .word("splitting", cast.splitting.policy.name())
         .param("bbm", cast.splitting.bbm.level())
         .param("bbm_batch", cast.splitting.batch)

@@ -4,11 +4,15 @@
 //! are done; what it finds is printed as one line of JSON a result ([`report`]), so that a board without a host tells the
 //! same as QEMU does.
 
+mod checkpoint;
 mod churn;
 mod clock;
+mod cycle;
 mod dirty;
+mod epochs;
 mod get;
 pub mod params;
+mod protect;
 pub mod report;
 mod scene;
 mod selftest;
@@ -47,6 +51,7 @@ pub fn main(host: &'static Host, arguments: &str, guest: &[u8]) -> Result<u32, R
         params: &params,
         guest,
         bbm: params.bbm_levels(host.features.bbm, host.auto_bbm())?,
+        trackers: params.trackers(host.services.hardware, host.auto_engine())?,
     };
     let good = match params.suite {
         Suite::None => true,
@@ -57,6 +62,9 @@ pub fn main(host: &'static Host, arguments: &str, guest: &[u8]) -> Result<u32, R
         Suite::Starve => starve::run(&stage)?,
         Suite::Split => split::run(&stage)?,
         Suite::Churn => churn::run(&stage)?,
+        Suite::Protect => protect::run(&stage)?,
+        Suite::Checkpoint => checkpoint::run(&stage)?,
+        Suite::Epochs => epochs::run(&stage)?,
     };
     Ok(if good { 0 } else { FAILED })
 }

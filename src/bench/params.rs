@@ -6,7 +6,7 @@ use alloc::vec::Vec;
 use core::str::FromStr;
 
 use crate::mmu::bbm::MOST_BATCH;
-use crate::mmu::{Bbm, Level, Locking, Policy};
+use crate::mmu::{Bbm, Engine, Hardware, Level, Locking, Policy, Tracking};
 
 /// What is measured.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -27,15 +27,21 @@ pub enum Suite {
     Split,
     /// Whether anything is lost while splits, clears and collapses loop.
     Churn,
+    /// Protecting everything at once, and what it costs afterwards.
+    Protect,
+    /// Epoch after epoch while the guest runs: how much slower it is.
+    Checkpoint,
+    /// Whether epoch after epoch reports what was written in it.
+    Epochs,
 }
 
-/// Which break-before-make level is used.
+/// Which of several ways is used.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Choice {
-    /// What the machine is trusted with.
+pub enum Choice<T> {
+    /// What the machine is trusted with, or the best it can do.
     Auto,
     /// This one.
-    Fixed(Bbm),
+    Fixed(T),
 }
 
 /// Which clock the run is under; only the caller knows.
@@ -78,14 +84,14 @@ pub struct Params {
     pub timing: Timing,
     /// Whether HPFAR_EL2 is believed on permission faults.
     pub trust_hpfar: bool,
-    /// Sizes of the slot of suite `get`, in MiB.
+    /// Sizes of the logged memory of suites `get` and `protect`, in MiB.
     pub slot_mib: Vec<u64>,
     /// Rounds of suites that loop while vCPUs run.
     pub rounds: u64,
     /// Policies of splitting; suites that do not compare them take the first.
     pub splitting: Vec<Policy>,
     /// Break-before-make levels; suites that do not compare them take the first.
-    pub bbm: Vec<Choice>,
+    pub bbm: Vec<Choice<Bbm>>,
     /// Blocks broken under one pair of invalidations.
     pub bbm_batch: usize,
     /// Bytes split between pauses.
@@ -96,6 +102,14 @@ pub struct Params {
     pub unsafe_bbm: bool,
     /// How long suites run that run for a time.
     pub seconds: u64,
+    /// Engines that protect everything; suites that do not compare them take the first.
+    pub engine: Vec<Choice<Engine>>,
+    /// How writes are noticed; suites that do not compare it take the first.
+    pub tracking: Vec<Tracking>,
+    /// Consecutive epochs.
+    pub epochs: u64,
+    /// Lengths of an epoch.
+    pub epoch_us: Vec<u64>,
 }
 
 impl Default for Params {
@@ -123,6 +137,10 @@ impl Default for Params {
             pause_us: 0,
             unsafe_bbm: false,
             seconds: 5,
+            engine: Vec::from([Choice::Fixed(Engine::Walk)]),
+            tracking: Vec::from([Tracking::Fault]),
+            epochs: 100,
+            epoch_us: Vec::from([1_000, 10_000, 100_000]),
         }
     }
 }
@@ -132,7 +150,7 @@ const SIZES: [(&str, u64, Level); 3] = [
     ("2m", 2 << 20, Level::L2),
     ("1g", 1 << 30, Level::L1),
 ];
-const SUITES: [(&str, Suite); 8] = [
+const SUITES: [(&str, Suite); 11] = [
     ("none", Suite::None),
     ("dirty", Suite::Dirty),
     ("verify", Suite::Verify),
@@ -141,6 +159,9 @@ const SUITES: [(&str, Suite); 8] = [
     ("starve", Suite::Starve),
     ("split", Suite::Split),
     ("churn", Suite::Churn),
+    ("protect", Suite::Protect),
+    ("checkpoint", Suite::Checkpoint),
+    ("epochs", Suite::Epochs),
 ];
 const TIMINGS: [(&str, Timing); 3] = [
     ("insn", Timing::Insn),
@@ -158,11 +179,19 @@ const POLICIES: [(&str, Policy); 4] = [
     ("enable", Policy::Enable),
     ("clear", Policy::Clear),
 ];
-const CHOICES: [(&str, Choice); 3] = [
+const BBMS: [(&str, Choice<Bbm>); 3] = [
     ("auto", Choice::Auto),
     ("0", Choice::Fixed(Bbm::Zero)),
     ("2", Choice::Fixed(Bbm::Two)),
 ];
+const ENGINES: [(&str, Choice<Engine>); 5] = [
+    ("auto", Choice::Auto),
+    ("walk", Choice::Fixed(Engine::Walk)),
+    ("lazy", Choice::Fixed(Engine::Lazy)),
+    ("swap", Choice::Fixed(Engine::Swap)),
+    ("pie", Choice::Fixed(Engine::Pie)),
+];
+const TRACKINGS: [(&str, Tracking); 2] = [("fault", Tracking::Fault), ("dbm", Tracking::Dbm)];
 const ORDERS: [(&str, bool); 2] = [("sequential", false), ("random", true)];
 const BITS: [(&str, bool); 2] = [("0", false), ("1", true)];
 const SOURCES: [(&str, bool); 2] = [("at", false), ("trust", true)];
@@ -201,12 +230,16 @@ impl Params {
             "slot-mib" => self.slot_mib = list(value, |word| number(key, word, 2, 1 << 24))?,
             "rounds" => self.rounds = number(key, value, 1, 1 << 20)?,
             "splitting" => self.splitting = list(value, |word| named(key, word, &POLICIES))?,
-            "bbm" => self.bbm = list(value, |word| named(key, word, &CHOICES))?,
+            "bbm" => self.bbm = list(value, |word| named(key, word, &BBMS))?,
             "bbm-batch" => self.bbm_batch = number(key, value, 1, MOST_BATCH)?,
             "chunk" => self.chunk = block(key, value)?,
             "pause-us" => self.pause_us = number(key, value, 0, 1_000_000)?,
             "unsafe-bbm" => self.unsafe_bbm = named(key, value, &BITS)?,
             "seconds" => self.seconds = number(key, value, 1, 3600)?,
+            "engine" => self.engine = list(value, |word| named(key, word, &ENGINES))?,
+            "tracking" => self.tracking = list(value, |word| named(key, word, &TRACKINGS))?,
+            "epochs" => self.epochs = number(key, value, 1, 1 << 20)?,
+            "epoch-us" => self.epoch_us = list(value, |word| number(key, word, 1, 10_000_000))?,
             _ => {
                 return Err(format!(
                     "boot argument '{key}={value}': there is no key '{key}'"
@@ -223,7 +256,7 @@ impl Params {
     ///
     /// Level 2 where the CPUs do not have it, unless that is what is wanted.
     pub fn bbm_levels(&self, found: u32, auto: Bbm) -> Result<Vec<Bbm>, String> {
-        let level = |choice: &Choice| match *choice {
+        let level = |choice: &Choice<Bbm>| match *choice {
             Choice::Auto => Ok(auto),
             Choice::Fixed(Bbm::Two) if found < 2 && !self.unsafe_bbm => Err(format!(
                 "boot argument 'bbm=2': the CPU has level {found} of FEAT_BBM only; unsafe-bbm=1 would show what happens"
@@ -231,6 +264,53 @@ impl Params {
             Choice::Fixed(level) => Ok(level),
         };
         self.bbm.iter().map(level).collect()
+    }
+
+    /// What is measured one after the other, on a machine with `found` and `auto` as its best engine: every engine with
+    /// faults, and engine `walk` with hardware dirty state too where that is asked for.
+    ///
+    /// # Errors
+    ///
+    /// An engine or a tracker that the CPUs do not have, or a tracker without the engine it goes with.
+    pub fn trackers(
+        &self,
+        found: Hardware,
+        auto: Engine,
+    ) -> Result<Vec<(Engine, Tracking)>, String> {
+        let mut trackers = Vec::new();
+        for &tracking in &self.tracking {
+            let mut possible = false;
+            for choice in &self.engine {
+                let engine = match *choice {
+                    Choice::Auto if tracking == Tracking::Dbm => Engine::Walk,
+                    Choice::Auto => auto,
+                    Choice::Fixed(engine) => engine,
+                };
+                if engine == Engine::Pie && !found.indirection {
+                    return Err(String::from(
+                        "boot argument 'engine=pie': the CPU does not have FEAT_S2PIE, permission indirection at stage 2",
+                    ));
+                }
+                if tracking == Tracking::Dbm && engine != Engine::Walk {
+                    continue;
+                }
+                possible = true;
+                if !trackers.contains(&(engine, tracking)) {
+                    trackers.push((engine, tracking));
+                }
+            }
+            if tracking == Tracking::Dbm && !found.dirty_state {
+                return Err(String::from(
+                    "boot argument 'tracking=dbm': the CPU does not have FEAT_HAFDBS with dirty state",
+                ));
+            }
+            if !possible {
+                return Err(String::from(
+                    "boot argument 'tracking=dbm': only engine=walk goes with it",
+                ));
+            }
+        }
+        Ok(trackers)
     }
 }
 
@@ -311,15 +391,18 @@ fn list<T>(value: &str, item: impl Fn(&str) -> Result<T, String>) -> Result<Vec<
 mod tests {
     use std::vec;
 
-    use super::{Choice, POLICIES, Params, Suite, Timing, size_name, stride_name};
-    use crate::mmu::{Bbm, Level, Locking, Policy};
+    use super::{
+        Choice, ENGINES, POLICIES, Params, Suite, TRACKINGS, Timing, size_name, stride_name,
+    };
+    use crate::mmu::{Bbm, Engine, Hardware, Level, Locking, Policy, Tracking};
 
     #[test]
     fn everything_can_be_said() {
         let params = Params::parse(
             "quiet suite=dirty vcpus=1,2,64 locking=mutex,lockless mib=4 iterations=3 write-percent=10 order=random \
              seed=9 stride=2m backing=1g initially-all-set=1 timing=insn hpfar=trust slot-mib=16384 rounds=5 \
-             splitting=clear,fault-empty bbm=auto,2 bbm-batch=64 chunk=2m pause-us=20 unsafe-bbm=1 seconds=60",
+             splitting=clear,fault-empty bbm=auto,2 bbm-batch=64 chunk=2m pause-us=20 unsafe-bbm=1 seconds=60 \
+             engine=swap,auto tracking=fault,dbm epochs=10000 epoch-us=500,2000",
         )
         .unwrap();
         let expected = Params {
@@ -345,6 +428,10 @@ mod tests {
             pause_us: 20,
             unsafe_bbm: true,
             seconds: 60,
+            engine: vec![Choice::Fixed(Engine::Swap), Choice::Auto],
+            tracking: vec![Tracking::Fault, Tracking::Dbm],
+            epochs: 10_000,
+            epoch_us: vec![500, 2000],
         };
         assert_eq!(params, expected);
         assert_eq!(size_name(params.backing), "1g");
@@ -366,6 +453,10 @@ mod tests {
             ("bbm-batch=65", "1 to 64"),
             ("chunk=3m", "not a block size; chunk is one of 2m, 1g"),
             ("chunk=4k", "not a block size"),
+            ("engine=steam", "auto, walk, lazy, swap, pie"),
+            ("tracking=ring", "one of fault, dbm"),
+            ("epochs=0", "1 to"),
+            ("epoch-us=0", "1 to"),
         ] {
             let error = Params::parse(word).unwrap_err();
             assert!(error.contains(word) && error.contains(says), "{error}");
@@ -398,9 +489,54 @@ mod tests {
     }
 
     #[test]
-    fn policies_are_called_what_the_mmu_calls_them() {
+    fn engines_and_trackers_are_what_the_machine_has() {
+        let trackers = |words: &str, indirection, dirty_state, auto| {
+            let params = Params::parse(words).unwrap();
+            params.trackers(
+                Hardware {
+                    indirection,
+                    dirty_state,
+                },
+                auto,
+            )
+        };
+        let every = trackers(
+            "engine=walk,auto tracking=fault,dbm",
+            true,
+            true,
+            Engine::Pie,
+        );
+        let expected = [
+            (Engine::Walk, Tracking::Fault),
+            (Engine::Pie, Tracking::Fault),
+            (Engine::Walk, Tracking::Dbm),
+        ];
+        assert_eq!(every.unwrap(), expected);
+        for (words, says) in [
+            ("engine=pie", "FEAT_S2PIE"),
+            ("tracking=dbm", "FEAT_HAFDBS"),
+        ] {
+            let error = trackers(words, false, false, Engine::Swap).unwrap_err();
+            assert!(error.contains(words) && error.contains(says), "{error}");
+        }
+        let error = trackers("engine=swap tracking=dbm", true, true, Engine::Pie).unwrap_err();
+        assert!(error.contains("engine=walk"), "{error}");
+    }
+
+    #[test]
+    fn names_are_those_of_the_mmu() {
         for (name, policy) in POLICIES {
             assert_eq!(policy.name(), name);
+        }
+        for (name, choice) in ENGINES {
+            let fixed = |engine: Engine| engine.name() == name;
+            assert!(
+                matches!(choice, Choice::Auto)
+                    || matches!(choice, Choice::Fixed(engine) if fixed(engine))
+            );
+        }
+        for (name, tracking) in TRACKINGS {
+            assert_eq!(tracking.name(), name);
         }
     }
 }

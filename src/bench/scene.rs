@@ -30,6 +30,8 @@ pub(super) struct Stage<'a> {
     pub(super) guest: &'a [u8],
     /// The break-before-make levels that the parameters come to on this machine.
     pub(super) bbm: Vec<Bbm>,
+    /// So are the engines, each with how writes are noticed.
+    pub(super) trackers: Vec<(Engine, Tracking)>,
 }
 
 /// A VM that differs from what the parameters say.
@@ -39,6 +41,8 @@ pub(super) struct Cast {
     pub(super) vcpus: usize,
     pub(super) backing: Level,
     pub(super) splitting: Splitting,
+    pub(super) engine: Engine,
+    pub(super) tracking: Tracking,
     /// Bytes of each vCPU's region.
     pub(super) region_bytes: u64,
 }
@@ -77,8 +81,11 @@ impl Stage<'_> {
         }
     }
 
-    /// The cast that the parameters say, for one of the modes and counts, with the first policy and level named.
+    /// The cast that the parameters say, for one of the modes and counts, with the first policy, level, engine and tracker
+    /// named.
     pub(super) fn cast(&self, locking: Locking, vcpus: usize) -> Cast {
+        let tracker = self.trackers.first().copied();
+        let (engine, tracking) = tracker.unwrap_or((Engine::Walk, Tracking::Fault));
         Cast {
             locking,
             vcpus,
@@ -91,6 +98,8 @@ impl Stage<'_> {
                     .unwrap_or(Policy::Fault),
                 self.bbm.first().copied().unwrap_or(Bbm::Zero),
             ),
+            engine,
+            tracking,
             region_bytes: self.params.mib << 20,
         }
     }
@@ -111,8 +120,8 @@ impl Stage<'_> {
             vcpus: cast.vcpus,
             locking: cast.locking,
             splitting: cast.splitting,
-            engine: Engine::Walk,
-            tracking: Tracking::Fault,
+            engine: cast.engine,
+            tracking: cast.tracking,
             trust_hpfar: self.params.trust_hpfar,
             entry: Ipa::new(abi::IMAGE),
         };
@@ -322,11 +331,23 @@ impl Scene {
 
     /// Has every vCPU store at random, until [`Scene::end_run`].
     pub(super) fn run_freely(&self, seed: u64) -> Result<(), Refusal> {
+        self.run_freely_in(seed, |_| (0, self.cast.region_bytes / PAGE_BYTES))
+    }
+
+    /// As [`Scene::run_freely`], each vCPU in a part of its region: first page and how many.
+    pub(super) fn run_freely_in(
+        &self,
+        seed: u64,
+        part: impl Fn(usize) -> (u64, u64),
+    ) -> Result<(), Refusal> {
         self.set_stop(0)?;
-        let pages = self.cast.region_bytes / PAGE_BYTES;
-        self.post(|vcpu| Command {
-            op: op::FREE_RUN,
-            args: [self.region(vcpu), pages, seed + vcpu as u64, 0, 0],
+        self.post(|vcpu| {
+            let (first, pages) = part(vcpu);
+            let start = self.region(vcpu) + first * PAGE_BYTES;
+            Command {
+                op: op::FREE_RUN,
+                args: [start, pages, seed + vcpu as u64, 0, 0],
+            }
         });
         Ok(())
     }
@@ -391,6 +412,14 @@ pub(super) struct Comparison {
 }
 
 impl Comparison {
+    /// Adds what another comparison found.
+    pub(super) fn add(&mut self, found: Self) {
+        self.written += found.written;
+        self.reported += found.reported;
+        self.lost += found.lost;
+        self.extra += found.extra;
+    }
+
     /// Compares the pages of `reported` with the bits of `written`.
     pub(super) fn of(written: &[u64], reported: &PageSet) -> Self {
         let mut words = vec![0; written.len()];

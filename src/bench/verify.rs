@@ -56,6 +56,8 @@ fn row(stage: &Stage<'_>, case: &str, cast: Cast, all_set: bool) -> Row {
     Row::new("verify", case, stage.params.timing.name())
         .param("vcpus", cast.vcpus)
         .word("locking", cast.locking.name())
+        .word("engine", cast.engine.name())
+        .word("tracking", cast.tracking.name())
         .word("backing", size_name(cast.backing))
         .word("splitting", cast.splitting.policy.name())
         .param("bbm", cast.splitting.bbm.level())
@@ -113,11 +115,7 @@ fn stopped(stage: &Stage<'_>, cast: Cast, all_set: bool) -> Result<bool, Refusal
                 seed(vcpu) << 32 | iteration,
             ],
         })?;
-        let found = Comparison::of(&scene.take_write_log()?, &clear(&scene)?);
-        sums.written += found.written;
-        sums.reported += found.reported;
-        sums.lost += found.lost;
-        sums.extra += found.extra;
+        sums.add(Comparison::of(&scene.take_write_log()?, &clear(&scene)?));
     }
     scene.close();
     row(stage, "stopped", cast, all_set)

@@ -3,10 +3,12 @@
 //!
 //! Names are checked before anything is built; nothing is written before every run of a suite has ended well.
 
+mod checkpoint;
 mod dirty;
 mod fault;
 mod get;
 mod options;
+mod protect;
 mod rows;
 mod split;
 mod starve;
@@ -35,7 +37,8 @@ pub(crate) use rows::Row;
 pub(crate) struct Args {
     /// dirty: the phases of dirty logging; fault: instructions of one write fault, over CPU models; get: cost of reading
     /// few dirty pages of large slots; starve: how long the exclusive side of the MMU lock waits for faulting vCPUs; split: splitting blocks by
-    /// faults and eagerly, at break-before-make levels 2 and 0, and what vCPUs notice of it
+    /// faults and eagerly, at break-before-make levels 2 and 0, and what vCPUs notice of it; protect: protecting all memory at
+    /// once, over engines and amounts of memory; checkpoint: how much slower a guest is while epoch after epoch is harvested
     #[arg(default_value = "dirty", value_name = "SUITE")]
     suites: Vec<Suite>,
     #[command(flatten)]
@@ -61,6 +64,8 @@ pub(crate) enum Suite {
     Get,
     Starve,
     Split,
+    Protect,
+    Checkpoint,
 }
 
 /// One boot.
@@ -72,12 +77,14 @@ pub(crate) struct Job {
 }
 
 impl Suite {
-    const ALL: [Self; 5] = [
+    const ALL: [Self; 7] = [
         Self::Dirty,
         Self::Fault,
         Self::Get,
         Self::Starve,
         Self::Split,
+        Self::Protect,
+        Self::Checkpoint,
     ];
 
     fn name(self) -> &'static str {
@@ -87,6 +94,8 @@ impl Suite {
             Self::Get => "get",
             Self::Starve => "starve",
             Self::Split => "split",
+            Self::Protect => "protect",
+            Self::Checkpoint => "checkpoint",
         }
     }
 
@@ -97,6 +106,8 @@ impl Suite {
             Self::Get => get::jobs(options, board),
             Self::Starve => starve::jobs(options, board),
             Self::Split => split::jobs(options, board),
+            Self::Protect => protect::jobs(options, board),
+            Self::Checkpoint => checkpoint::jobs(options, board),
         }
     }
 
@@ -107,6 +118,8 @@ impl Suite {
             Self::Get => get::report(rows),
             Self::Starve => starve::report(rows),
             Self::Split => split::report(rows),
+            Self::Protect => protect::report(rows),
+            Self::Checkpoint => checkpoint::report(rows),
         }
     }
 
@@ -117,6 +130,8 @@ impl Suite {
             Self::Get => get::charts(rows),
             Self::Starve => starve::charts(rows),
             Self::Split => split::charts(rows),
+            Self::Protect => protect::charts(rows),
+            Self::Checkpoint => checkpoint::charts(rows),
         }
     }
 }

@@ -6,6 +6,7 @@
 mod cases;
 mod checks;
 mod emulated;
+mod epochs;
 mod host;
 mod soak;
 mod splitting;

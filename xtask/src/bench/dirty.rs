@@ -3,12 +3,12 @@
 use anyhow::Result;
 
 use super::options::Options;
-use super::rows::{distinct, mean};
+use super::rows::{cell, distinct, mean};
 use super::{Job, Row, unit};
 use crate::board::Board;
 use crate::machine::Timing;
 use crate::plot::{Chart, Series};
-use crate::table::{Table, number};
+use crate::table::Table;
 
 const PHASES: [&str; 6] = ["populate", "enable", "dirty", "get", "clear", "disable"];
 
@@ -136,10 +136,6 @@ fn counts(rows: &[Row], timing: Timing) -> String {
         table.row(cells);
     }
     table.left(&[1]).to_string()
-}
-
-fn cell(value: Option<f64>) -> String {
-    value.map_or_else(|| "-".to_owned(), number)
 }
 
 fn ratio(rows: &[&Row], above: &str, below: &str) -> Option<f64> {

@@ -34,9 +34,10 @@ pub(crate) struct Options {
     /// Distance between accesses: 4k, 2m
     #[arg(long, default_value = "4k", value_parser = ["4k", "2m"], value_name = "SIZE")]
     pub(crate) stride: String,
-    /// Largest leaf that maps guest memory: 4k, 2m, 1g
-    #[arg(long, default_value = "4k", value_parser = ["4k", "2m", "1g"], value_name = "SIZE")]
-    pub(crate) backing: String,
+    /// Largest leaf that maps guest memory: 4k, 2m, 1g; suite protect measures each named, the others take the first
+    /// [default: 4k; suite split: 2m; suite protect: 4k and 2m]
+    #[arg(long, value_delimiter = ',', value_parser = ["4k", "2m", "1g"], value_name = "SIZE,..")]
+    pub(crate) backing: Vec<String>,
     /// Enable logging with every page reported dirty, so that enabling protects nothing
     #[arg(long)]
     pub(crate) initially_all_set: bool,
@@ -51,6 +52,9 @@ pub(crate) struct Options {
         value_name = "MIB,.."
     )]
     pub(crate) slot_mib: Vec<u64>,
+    /// Memory that is mapped in suite protect [default: 256, 512, 1024; with --full 256 to 8192]
+    #[arg(long, value_delimiter = ',', value_name = "MIB,..", value_parser = clap::value_parser!(u64).range(2..))]
+    pub(crate) mib: Vec<u64>,
     /// insn: nanoseconds are instructions; wall: CPUs run at the same time [default: both]
     #[arg(long, value_delimiter = ',', value_name = "TIMING,..")]
     pub(crate) timing: Vec<Timing>,
@@ -82,7 +86,21 @@ pub(crate) struct Options {
     /// Use level 2 on a CPU without it, to see what happens
     #[arg(long)]
     pub(crate) unsafe_bbm: bool,
-    /// The sizes of the published measurements: 1 to 64 vCPUs
+    /// Engines that protect all memory at once: walk, lazy, swap, pie, auto (the best that the CPU can) [default: walk; suites
+    /// protect and checkpoint: all that the CPU can]
+    #[arg(long, value_delimiter = ',', value_parser = ["walk", "lazy", "swap", "pie", "auto"], value_name = "ENGINE,..")]
+    pub(crate) engine: Vec<String>,
+    /// How writes are noticed: fault, dbm (the CPU's dirty state, with engine walk) [default: fault; suites protect and
+    /// checkpoint: all that the CPU can]
+    #[arg(long, value_delimiter = ',', value_parser = ["fault", "dbm"], value_name = "HOW,..")]
+    pub(crate) tracking: Vec<String>,
+    /// Epochs of suite checkpoint for each length, at least
+    #[arg(long, default_value_t = 10, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_048_576))]
+    pub(crate) epochs: u32,
+    /// Lengths of an epoch in suite checkpoint, in microseconds
+    #[arg(long, value_delimiter = ',', default_value = "1000,10000,100000", value_name = "US,..", value_parser = clap::value_parser!(u32).range(1..=10_000_000))]
+    pub(crate) epoch_us: Vec<u32>,
+    /// The sizes of the published measurements: 1 to 64 vCPUs; suite protect: up to 8 GiB
     #[arg(long)]
     pub(crate) full: bool,
 }
@@ -149,6 +167,11 @@ impl Options {
         }
     }
 
+    /// The largest leaf, for suites that measure one.
+    fn backing(&self) -> &str {
+        self.backing.first().map_or("4k", String::as_str)
+    }
+
     pub(crate) fn timing(&self) -> Vec<Timing> {
         if self.timing.is_empty() {
             vec![Timing::Insn, Timing::Wall]
@@ -207,11 +230,17 @@ impl Options {
                 "write-percent={} order={order} seed={}",
                 self.write_percent, self.seed
             ),
-            format!("stride={} backing={}", self.stride, self.backing),
+            format!("stride={} backing={}", self.stride, self.backing()),
             format!("initially-all-set={}", u8::from(self.initially_all_set)),
         ];
         words.extend(self.hpfar.iter().map(|source| format!("hpfar={source}")));
-        for (key, list) in [("splitting", &self.splitting), ("bbm", &self.bbm)] {
+        let lists = [
+            ("splitting", &self.splitting),
+            ("bbm", &self.bbm),
+            ("engine", &self.engine),
+            ("tracking", &self.tracking),
+        ];
+        for (key, list) in lists {
             words.extend((!list.is_empty()).then(|| format!("{key}={}", list.join(","))));
         }
         words.extend(self.bbm_batch.map(|batch| format!("bbm-batch={batch}")));
@@ -273,18 +302,24 @@ pub(super) mod tests {
             "--pause",
             "20",
             "--unsafe-bbm",
+            "--backing",
+            "2m,4k",
+            "--engine",
+            "swap,auto",
+            "--tracking",
+            "dbm",
         ];
         let options = options(&words).expect("good options");
         let append = options.append("dirty", &[1, 2], Timing::Insn);
         let expected = "suite=dirty timing=insn vcpus=1,2 locking=rwlock,mutex mib=16 iterations=5 write-percent=100 \
-                        order=random seed=7 stride=2m backing=4k initially-all-set=0 hpfar=trust \
-                        splitting=enable,clear bbm=0 bbm-batch=4 chunk=2m pause-us=20 unsafe-bbm=1";
+                        order=random seed=7 stride=2m backing=2m initially-all-set=0 hpfar=trust \
+                        splitting=enable,clear bbm=0 engine=swap,auto tracking=dbm bbm-batch=4 chunk=2m pause-us=20 unsafe-bbm=1";
         assert_eq!(append, expected);
     }
 
     #[test]
     fn wrong_names_and_numbers_are_refused() {
-        let wrong: [&[&str]; 12] = [
+        let wrong: [&[&str]; 17] = [
             &["--locking", "ticket"],
             &["--vcpus", "0"],
             &["--vcpus", "two"],
@@ -297,6 +332,11 @@ pub(super) mod tests {
             &["--bbm", "1"],
             &["--bbm-batch", "65"],
             &["--chunk", "3m"],
+            &["--engine", "steam"],
+            &["--tracking", "ring"],
+            &["--mib", "1"],
+            &["--epochs", "0"],
+            &["--epoch-us", "0"],
         ];
         for words in wrong {
             assert!(options(words).is_err(), "{words:?}");

@@ -5,6 +5,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::machine::Timing;
+use crate::table::number;
 use crate::uart::{Measured, Object};
 
 /// One result with the machine it was measured on.
@@ -82,6 +83,17 @@ pub(crate) fn mean(rows: &[&Row], key: &str) -> Option<f64> {
         .ok()
         .filter(|&count| count > 0)?;
     Some(values.iter().sum::<f64>() / f64::from(count))
+}
+
+/// A cell of a table: the number, or a dash.
+pub(crate) fn cell(value: Option<f64>) -> String {
+    value.map_or_else(|| "-".to_owned(), number)
+}
+
+/// The CPU model that a row was measured on.
+pub(crate) fn cpu(row: &Row) -> String {
+    let model = row.machine.get("cpu").and_then(Value::as_str);
+    model.unwrap_or("?").to_owned()
 }
 
 /// The distinct values of `key`, in order of appearance.

@@ -3,12 +3,12 @@
 use anyhow::Result;
 
 use super::options::{Locking, Options};
-use super::rows::{distinct, mean};
+use super::rows::{cell, cpu, distinct, mean};
 use super::{Job, Row, unit};
 use crate::board::Board;
 use crate::machine::Timing;
 use crate::plot::{Chart, Series};
-use crate::table::{Table, number};
+use crate::table::Table;
 
 /// In the order of the tables: the baseline first.
 const POLICIES: [&str; 4] = ["fault-empty", "fault", "enable", "clear"];
@@ -123,11 +123,11 @@ fn job(
     if options.locking.is_empty() {
         options.locking = vec![Locking::Lockless];
     }
-    if options.backing == "4k" {
-        options.backing = "2m".to_owned();
-    }
+    options.backing.retain(|size| size != "4k");
+    let backing = options.backing.first().cloned();
+    options.backing = vec![backing.unwrap_or_else(|| "2m".to_owned())];
     let mut guest_mib = u64::from(most) * options.mib_per_vcpu;
-    if options.backing == "1g" {
+    if options.backing == ["1g"] {
         // Whole gigabytes, wherever they can be aligned.
         guest_mib = guest_mib.next_multiple_of(1024) + 1024;
     }
@@ -208,11 +208,6 @@ fn sorted<'a>(rows: impl Iterator<Item = &'a Row>) -> Vec<Row> {
         )
     });
     rows
-}
-
-fn cpu(row: &Row) -> String {
-    let model = row.machine.get("cpu").and_then(|cpu| cpu.as_str());
-    model.unwrap_or("?").to_owned()
 }
 
 /// What a line of a table is about.
@@ -310,10 +305,6 @@ fn costs(rows: &[Row]) -> String {
 
 fn count(row: &Row, (_, key, scale): &Column) -> String {
     cell(row.value(key).map(|value| value / scale))
-}
-
-fn cell(value: Option<f64>) -> String {
-    value.map_or_else(|| "-".to_owned(), number)
 }
 
 /// Time and exits of both passes, and the longest exit, over policies; a line for each CPU, level and number of vCPUs.
