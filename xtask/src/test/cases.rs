@@ -70,6 +70,7 @@ pub(super) fn all(board: &Board, soak: bool) -> Vec<Case> {
         table.patterns(),
         table.figures(),
         table.splitting(),
+        table.epochs(),
         table.refusals(),
     ];
     groups.into_iter().flatten().collect()
