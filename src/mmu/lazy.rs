@@ -9,8 +9,9 @@
 //!   harvest     push down to every table with pages of the closed epoch ── then the bits are taken
 //! ```
 //!
-//! A deferred entry is met by a fault or by any other walk, which pushes down one level and goes on. Hardware cannot reach
-//! what is below, nor has it anything of it cached since the call's invalidation, so nothing is owed for what changes there.
+//! A deferred entry is met by a fault or by any other walk, which pushes down one level and goes on; not before the call's
+//! invalidation is complete. Hardware cannot reach what is below, then, nor has it anything of it cached, so nothing is owed
+//! for what changes there.
 //!
 //! # What may be writable below
 //!
@@ -27,6 +28,7 @@ use core::ops::Range;
 
 use crate::addr::Ipa;
 use crate::arch;
+use crate::arch::atomic::Ordering;
 use crate::mmu::bitmap::{Bitmap, GROUP_PAGES, WORD_PAGES};
 use crate::mmu::descriptor::Descriptor;
 use crate::mmu::epoch::{Closed, Engine};
@@ -47,6 +49,7 @@ impl Stage2 {
     pub(crate) fn next_by_lazy(&self, cpu: CpuId, admin: &mut Admin) -> Closed {
         let epoch = self.flip(admin);
         self.publish(admin);
+        self.deferring.store(1, Ordering::Release);
         let mut debt = Debt::open(self, cpu);
         debt.add_everything();
         for (_, slot, _) in admin.logged() {
@@ -60,6 +63,7 @@ impl Stage2 {
             }
         }
         debt.pay();
+        self.deferring.store(0, Ordering::Release);
         Closed {
             epoch,
             engine: Engine::Lazy,
@@ -87,7 +91,8 @@ impl Stage2 {
         }
     }
 
-    /// The rest of a walk that met a deferred entry. What is held by somebody below looks busy.
+    /// The rest of a walk that met a deferred entry. What is held by somebody below looks busy, and so does everything
+    /// until the call's invalidation is complete.
     #[cold]
     pub(crate) fn walk_deferred<'a>(
         &self,
@@ -101,7 +106,8 @@ impl Stage2 {
             if !at.found.is_deferred() {
                 return Some(at);
             }
-            if push_down(context, &at, ipa, active).is_err() {
+            let unpaid = self.deferring.load(Ordering::Acquire) != 0;
+            if unpaid || push_down(context, &at, ipa, active).is_err() {
                 return Some(Position {
                     found: Descriptor::BUSY,
                     ..at

@@ -110,6 +110,8 @@ pub struct Stage2 {
     shape: Shape,
     vmids: [VmidCell; 2],
     debts: OpenDebts,
+    /// Nonzero while the invalidation of what was deferred is not complete (engine `lazy`).
+    pub(crate) deferring: AtomicU64,
     /// Held by what may not run while roots are exchanged (engine `swap`); not by faults.
     operations: Mutex<()>,
 }
@@ -229,6 +231,7 @@ impl Stage2 {
             shape: config.shape,
             vmids: [VmidCell::default(), VmidCell::default()],
             debts: OpenDebts::default(),
+            deferring: AtomicU64::new(0),
             operations: Mutex::new(()),
             services,
         })
