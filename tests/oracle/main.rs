@@ -7,9 +7,12 @@
 
 mod batching;
 mod collapsing;
+mod indirection;
 mod machine;
 mod making;
+mod marking;
 mod protecting;
+mod roots;
 mod tables;
 
 use vellum::addr::{Ipa, Pa};

@@ -1,7 +1,9 @@
 //! The fake machine's own reading of a stage-2 descriptor.
 //!
 //! Written from the Arm ARM (DDI 0487 issue K.a, D8.3), not from `mmu::descriptor`: an encoder that is wrong there is
-//! not excused by a decoder that is wrong in the same way. 4 KiB granule, direct permissions.
+//! not excused by a decoder that is wrong in the same way. 4 KiB granule; direct permissions, or indirect ones (D8.4.2),
+//! which S2PIR_EL2 resolves (`rights`). A software convention is known beside them: a *deferred* table, which is invalid and
+//! keeps the table's address.
 
 /// log2 of the slots in a table.
 const INDEX_BITS: u32 = 9;
@@ -12,9 +14,11 @@ const ADDRESS: u64 = 0x0000_ffff_ffff_f000;
 const ATTRIBUTES: u64 = 0b1111 << 2 | 0b11 << 8 | 1 << 52;
 const VALID: u64 = 1 << 0;
 const NOT_BLOCK: u64 = 1 << 1;
+const DEFERRED: u64 = 1 << 3;
 const S2AP_READ: u64 = 1 << 6;
 const S2AP_WRITE: u64 = 1 << 7;
 const AF: u64 = 1 << 10;
+const DBM: u64 = 1 << 51;
 const XN: u64 = 1 << 54;
 
 /// Bytes that one descriptor at `level` translates.
@@ -36,12 +40,25 @@ pub(super) const fn level_of_span(bytes: u64) -> u8 {
 pub(super) struct Leaf {
     pub(super) to: u64,
     pub(super) bytes: u64,
-    pub(super) read: bool,
-    pub(super) write: bool,
-    pub(super) execute: bool,
+    pub(super) access: Access,
     /// The access flag; without it nothing is cached.
     pub(super) young: bool,
     pub(super) attributes: u64,
+}
+
+/// What a leaf says of permissions.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) enum Access {
+    /// S2AP and XN.
+    Direct {
+        read: bool,
+        write: bool,
+        execute: bool,
+        /// Hardware may set the write permission itself, where it manages dirty state.
+        dbm: bool,
+    },
+    /// An index into S2PIR_EL2, and the dirty bit, without which nothing is written.
+    Index { index: u64, dirty: bool },
 }
 
 impl Leaf {
@@ -71,8 +88,43 @@ impl Meaning {
     }
 }
 
-/// Reads `raw`, found at `level`.
-pub(super) fn decode(raw: u64, level: u8) -> Meaning {
+/// Bits {54:53, 51, 6}.
+const fn index_of(raw: u64) -> u64 {
+    raw >> 6 & 1 | (raw >> 51 & 1) << 1 | (raw >> 53 & 3) << 2
+}
+
+const fn access(raw: u64, indirect: bool) -> Access {
+    if indirect {
+        return Access::Index {
+            index: index_of(raw),
+            dirty: raw & S2AP_WRITE != 0,
+        };
+    }
+    Access::Direct {
+        read: raw & S2AP_READ != 0,
+        write: raw & S2AP_WRITE != 0,
+        execute: raw & (XN | S2AP_READ) == S2AP_READ,
+        dbm: raw & DBM != 0,
+    }
+}
+
+/// What hardware that manages access flags and dirty state makes of the leaf `raw` for a store or another access.
+pub(super) const fn marked(raw: u64, write: bool) -> u64 {
+    let dirty = if write && raw & DBM != 0 {
+        S2AP_WRITE
+    } else {
+        0
+    };
+    raw | AF | dirty
+}
+
+/// The table that a deferred descriptor keeps.
+pub(super) fn deferred(raw: u64) -> Option<u64> {
+    (raw & (VALID | DEFERRED) == DEFERRED).then_some(raw & ADDRESS)
+}
+
+/// Reads `raw`, found at `level`, with direct permissions or with `indirect` ones.
+pub(super) fn decode(raw: u64, level: u8, indirect: bool) -> Meaning {
     if raw & VALID == 0 {
         return Meaning::Nothing;
     }
@@ -83,9 +135,7 @@ pub(super) fn decode(raw: u64, level: u8) -> Meaning {
         _ => Meaning::Leaf(Leaf {
             to: raw & ADDRESS & !(span_bytes(level) - 1),
             bytes: span_bytes(level),
-            read: raw & S2AP_READ != 0,
-            write: raw & S2AP_WRITE != 0,
-            execute: raw & (XN | S2AP_READ) == S2AP_READ,
+            access: access(raw, indirect),
             young: raw & AF != 0,
             attributes: raw & ATTRIBUTES,
         }),
@@ -99,7 +149,11 @@ mod tests {
     #[test]
     fn reserved_encodings_translate_nothing() {
         for (raw, level) in [(0b01, 0), (0b01, 3), (0b10, 1), (0, 2)] {
-            assert_eq!(decode(raw, level), Meaning::Nothing, "{raw:#b} at {level}");
+            assert_eq!(
+                decode(raw, level, false),
+                Meaning::Nothing,
+                "{raw:#b} at {level}"
+            );
         }
     }
 

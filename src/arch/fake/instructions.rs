@@ -163,8 +163,10 @@ pub fn replace_vttbr(value: u64) {
     }
 }
 
-/// Sets S2PIR_EL2.
-pub fn set_s2pir(_value: u64) {}
+/// Sets S2PIR_EL2 and synchronizes.
+pub fn set_s2pir(value: u64) {
+    execute(Event::S2pir(value), |state| state.set_s2pir(value));
+}
 
 /// Runs `work` with VTTBR_EL2 = `vttbr` and restores it; the only way to issue an invalidation under a VMID that this
 /// CPU is not running. Stage-1 walks are forbidden meanwhile, so nothing is cached under it.
@@ -185,6 +187,12 @@ fn lend_vttbr(value: Option<u64>) -> Option<u64> {
 
 /// `AT S1E1R`: what stage 1 of the guest on this CPU makes of `va`, or `None` when its walk fails.
 pub fn at_s1e1r(va: Va) -> Option<Ipa> {
+    if let Some(machine) = machine() {
+        let mut state = machine.state.borrow_mut();
+        let cpu = state.current;
+        // It walks by the guest's registers, and caches what it finds.
+        state.enter(cpu);
+    }
     guest::ipa_of(va)
 }
 

@@ -36,37 +36,54 @@ struct Table {
 }
 
 /// Every live table.
-#[derive(Debug, Default)]
-pub(super) struct Tables(BTreeMap<u64, Table>);
+#[derive(Debug)]
+pub(super) struct Tables {
+    tables: BTreeMap<u64, Table>,
+    /// Whether permissions are indirect (VTCR_EL2.S2PIE).
+    indirect: bool,
+}
 
 impl Tables {
+    /// None yet.
+    pub(super) fn new(indirect: bool) -> Self {
+        Self {
+            tables: BTreeMap::new(),
+            indirect,
+        }
+    }
+
+    /// What a walk makes of `raw`, found at `level`.
+    pub(super) fn decode(&self, raw: u64, level: u8) -> Meaning {
+        decode(raw, level, self.indirect)
+    }
+
     pub(super) fn is_live(&self, table: u64) -> bool {
-        self.0.contains_key(&table)
+        self.tables.contains_key(&table)
     }
 
     /// Begins `table` with zeros; false when it is one already.
     pub(super) fn insert(&mut self, table: u64) -> bool {
-        self.0.insert(table, Table::default()).is_none()
+        self.tables.insert(table, Table::default()).is_none()
     }
 
     /// Ends `table`; false when it was none.
     pub(super) fn remove(&mut self, table: u64) -> bool {
-        self.0.remove(&table).is_some()
+        self.tables.remove(&table).is_some()
     }
 
     pub(super) fn home(&self, table: u64) -> Option<Home> {
-        self.0.get(&table)?.home
+        self.tables.get(&table)?.home
     }
 
     pub(super) fn word(&self, table: u64, index: usize) -> u64 {
-        self.0
+        self.tables
             .get(&table)
             .and_then(|table| table.words.get(&index))
             .map_or(0, |word| *word)
     }
 
     pub(super) fn set_word(&mut self, table: u64, index: usize, raw: u64) {
-        if let Some(table) = self.0.get_mut(&table) {
+        if let Some(table) = self.tables.get_mut(&table) {
             if raw == 0 {
                 table.words.remove(&index);
             } else {
@@ -77,7 +94,7 @@ impl Tables {
 
     /// Hangs `table`, and what it leads to, at `home`.
     pub(super) fn hang(&mut self, table: u64, home: Home) {
-        let Some(entry) = self.0.get_mut(&table) else {
+        let Some(entry) = self.tables.get_mut(&table) else {
             return;
         };
         if entry.home == Some(home) {
@@ -86,7 +103,7 @@ impl Tables {
         entry.home = Some(home);
         let words: Vec<_> = entry.words.iter().map(|(i, raw)| (*i, *raw)).collect();
         for (index, raw) in words {
-            if let Meaning::Table(child) = decode(raw, home.level) {
+            if let Meaning::Table(child) = self.decode(raw, home.level) {
                 let up = Up::Slot { table, index };
                 let ipa = home.ipa + index as u64 * span_bytes(home.level);
                 let level = home.level + 1;
@@ -108,11 +125,11 @@ impl Tables {
         let mut next = 0;
         while let Some(&(table, level, ipa)) = found.get(next) {
             next += 1;
-            let Some(entry) = self.0.get(&table) else {
+            let Some(entry) = self.tables.get(&table) else {
                 continue;
             };
             for (index, raw) in &entry.words {
-                if let Meaning::Table(child) = decode(*raw, level) {
+                if let Meaning::Table(child) = self.decode(*raw, level) {
                     found.push((child, level + 1, ipa + *index as u64 * span_bytes(level)));
                 }
             }
@@ -121,12 +138,12 @@ impl Tables {
     }
 
     fn collect(&self, table: u64, level: u8, ipa: u64, found: &mut Vec<Place>) {
-        let Some(entry) = self.0.get(&table) else {
+        let Some(entry) = self.tables.get(&table) else {
             return;
         };
         for (&index, &raw) in &entry.words {
             let ipa = ipa + index as u64 * span_bytes(level);
-            match decode(raw, level) {
+            match self.decode(raw, level) {
                 Meaning::Nothing => {}
                 Meaning::Table(child) => self.collect(child, level + 1, ipa, found),
                 Meaning::Leaf(leaf) => found.push(Place {

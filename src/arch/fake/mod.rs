@@ -14,12 +14,14 @@
 //! | `descriptor` | what hardware makes of 64 bits, written independently of `mmu::descriptor` |
 //! | `memory` | tables, their descriptors and where they hang |
 //! | `tlb` | what may still be cached although memory says otherwise |
+//! | `rights` | what permission indices mean, and meant |
+//! | `marks` | what hardware itself writes into descriptors |
 //! | `walkers` | what software may still look at although it hangs nowhere |
 //! | `state` | what barriers, invalidations and stores do to all that |
 //! | `guest` | what may come of a guest's access |
-//! | `oracle` | what is a violation |
+//! | `oracle`, `judge` | what is a violation |
 //!
-//! Not modelled: caches and their maintenance, hardware updates of descriptors, conflict aborts, several guests' stage-1
+//! Not modelled: caches and their maintenance, VMs whose permissions are of different kinds, conflict aborts, several guests' stage-1
 //! tables, stores reordered before the program's own (loom's part).
 
 extern crate std;
@@ -37,9 +39,12 @@ pub mod host;
 pub mod instructions;
 #[cfg(loom)]
 pub mod interleaved;
+mod judge;
+mod marks;
 mod memory;
 mod oracle;
 mod random;
+mod rights;
 mod state;
 mod tlb;
 mod walkers;
@@ -50,6 +55,7 @@ pub use oracle::{Change, Violation};
 pub use random::Random;
 pub use tlb::Cause;
 
+use guest::Possible;
 use state::State;
 
 /// Most CPUs of a machine.
@@ -66,6 +72,10 @@ pub struct Features {
     pub initial_tables: u64,
     /// Whether HPFAR_EL2 is valid on permission faults, too.
     pub hpfar_on_permission: bool,
+    /// Whether permissions are indirect (FEAT_S2PIE, VTCR_EL2.S2PIE = 1), for every guest.
+    pub indirection: bool,
+    /// Whether hardware manages access flags and dirty state (FEAT_HAFDBS, VTCR_EL2.{HA, HD} = 1), for every guest.
+    pub dirty_state: bool,
 }
 
 impl Default for Features {
@@ -76,6 +86,8 @@ impl Default for Features {
             initial_level: 1,
             initial_tables: 1,
             hpfar_on_permission: false,
+            indirection: false,
+            dirty_state: false,
         }
     }
 }
@@ -111,6 +123,8 @@ pub enum Event {
     Yield,
     /// VTTBR_EL2 was loaded.
     Vttbr(u64),
+    /// S2PIR_EL2 was written.
+    S2pir(u64),
     /// A page became a table or ceased to be one.
     Table(Pa, bool),
     /// A descriptor changed.
@@ -187,16 +201,44 @@ impl Machine {
     /// Everything that may come of an access by the guest on `cpu`: the fresh walk's outcome first. Empty when the CPU
     /// holds no guest.
     pub fn outcomes(&self, cpu: usize, ipa: Ipa, access: Access) -> Vec<Outcome> {
-        self.0.state.borrow().outcomes(cpu, ipa, access)
+        let possible = self.0.state.borrow().possible(cpu, ipa, access);
+        let mut unique = Vec::new();
+        for Possible { outcome, .. } in possible {
+            if !unique.contains(&outcome) {
+                unique.push(outcome);
+            }
+        }
+        unique
+    }
+
+    /// The guest on `cpu` runs from here on: it may cache whatever its registers lead to.
+    pub fn enter_guest(&self, cpu: usize) {
+        self.0.state.borrow_mut().enter(cpu);
+    }
+
+    /// Hardware that marks a leaf writes the mark into the memory at the leaf's address, too.
+    ///
+    /// # Safety
+    ///
+    /// Every table that the machine is told of is memory of this process until it is told that the table ends, and is
+    /// accessed atomically.
+    pub unsafe fn tables_are_memory(&self) {
+        self.0.state.borrow_mut().tables_are_memory = true;
     }
 
     /// One of [`Machine::outcomes`], by the machine's seed; `None` when the CPU holds no guest.
     pub fn guest_access(&self, cpu: usize, ipa: Ipa, access: Access) -> Option<Outcome> {
-        let outcomes = self.outcomes(cpu, ipa, access);
+        self.enter_guest(cpu);
+        let mut state = self.0.state.borrow_mut();
+        let possible = state.possible(cpu, ipa, access);
         let mut random = self.0.random.get();
-        let choice = random.below(outcomes.len().max(1));
+        let choice = random.below(possible.len().max(1));
         self.0.random.set(random);
-        outcomes.get(choice).copied()
+        let chosen = possible.get(choice)?;
+        if let Some(mark) = chosen.mark {
+            state.mark(mark);
+        }
+        Some(chosen.outcome)
     }
 
     /// What the oracle found so far.
@@ -216,7 +258,7 @@ impl Machine {
         let stale = state.tlb.overlapping(vmid, ipa.raw(), bytes);
         let writable = stale
             .iter()
-            .filter(|leaf| leaf.place.leaf.write && state.is_stale(leaf));
+            .filter(|leaf| state.permits_writes(leaf) && state.is_stale(leaf));
         let found: Vec<_> = writable
             .map(|leaf| Violation::StaleWritable {
                 ipa: Ipa::new(leaf.place.ipa),
@@ -225,6 +267,12 @@ impl Machine {
             })
             .collect();
         state.violations.extend(found);
+    }
+
+    /// Finds fault with any way, fresh or stale, in which a CPU may write to the page `memory` at `ipa` without a fault and
+    /// without a mark of hardware's: for use where the page is not recorded as written.
+    pub fn assert_unwritable(&self, ipa: Ipa, memory: Pa) {
+        self.0.state.borrow_mut().judge_unwritable(ipa, memory);
     }
 
     /// Finds fault with any stale entry for `bytes` bytes from `ipa` under `vmid`, on any CPU.

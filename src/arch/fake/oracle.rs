@@ -75,6 +75,27 @@ pub enum Violation {
         /// The root.
         root: Pa,
     },
+    /// A table was given up although a deferred descriptor keeps it.
+    TableFreedWhileDeferred {
+        /// The table.
+        table: Pa,
+    },
+    /// A table became reachable under one VMID while it may be cached under another.
+    TableUnderTwoVmids {
+        /// The table.
+        table: Pa,
+        /// The VMID it may still be cached under.
+        vmid: u16,
+    },
+    /// A CPU may write to a page although the caller was promised that it cannot unrecorded.
+    WritableUnrecorded {
+        /// The page.
+        ipa: Ipa,
+        /// The VMID by which it is reached.
+        vmid: u16,
+        /// The CPU.
+        cpu: usize,
+    },
     /// A VMID was loaded with a root while entries of another root may be cached under it.
     VmidWithTwoRoots {
         /// The VMID.

@@ -6,10 +6,10 @@ use std::collections::BTreeMap;
 use std::vec::Vec;
 
 use super::Features;
-use super::descriptor::{Leaf, Meaning, decode, span_bytes};
+use super::descriptor::{Meaning, span_bytes};
 use super::memory::{Home, Place, Tables, Up};
-use super::oracle::{Change, Violation, needs_break};
-use super::tlb::{ALL_CPUS, Cause, Cpus, Order, Scope, StaleLeaf, StaleTable, Tlb};
+use super::oracle::{Violation, needs_break};
+use super::tlb::{ALL_CPUS, Cpus, Order, Scope, StaleLeaf, Tlb};
 use super::walkers::Walkers;
 use crate::addr::{Ipa, Pa};
 
@@ -27,13 +27,17 @@ pub(super) struct Cpu {
     /// VTTBR_EL2 while an invalidation is issued for another guest. Stage-1 walks are forbidden meanwhile, so nothing
     /// is cached under it.
     pub(super) borrowed: Option<u64>,
+    /// S2PIR_EL2; 0 where permissions are direct.
+    pub(super) rights: u64,
 }
 
 /// Who may have cached anything under a VMID.
 #[derive(Debug)]
-struct Context {
-    root: u64,
-    cpus: Cpus,
+pub(super) struct Context {
+    pub(super) root: u64,
+    pub(super) cpus: Cpus,
+    /// S2PIR_EL2 of CPUs when they ran under this VMID last.
+    pub(super) rights: BTreeMap<usize, u64>,
 }
 
 /// A descriptor's former value, which some CPU's walker may still read.
@@ -54,7 +58,9 @@ pub(super) struct State {
     pub(super) memory: Tables,
     pub(super) tlb: Tlb,
     pub(super) walkers: Walkers,
-    contexts: BTreeMap<u16, Context>,
+    pub(super) contexts: BTreeMap<u16, Context>,
+    /// Whether a live table is memory of this process.
+    pub(super) tables_are_memory: bool,
     formers: Vec<Former>,
     pub(super) violations: Vec<Violation>,
 }
@@ -75,13 +81,15 @@ impl State {
                 .map(|_| Cpu {
                     vttbr: 0,
                     borrowed: None,
+                    rights: 0,
                 })
                 .collect(),
             current: 0,
-            memory: Tables::default(),
+            memory: Tables::new(features.indirection),
             tlb: Tlb::default(),
             walkers: Walkers::new(cpus),
             contexts: BTreeMap::new(),
+            tables_are_memory: false,
             formers: Vec::new(),
             violations: Vec::new(),
         }
@@ -116,10 +124,15 @@ impl State {
             }
             return;
         }
-        let context = self
-            .contexts
-            .entry(vmid)
-            .or_insert(Context { root, cpus: 0 });
+        let known = self.contexts.get(&vmid);
+        if known.is_none_or(|context| context.root != root) {
+            self.judge_root(vmid, root);
+        }
+        let context = self.contexts.entry(vmid).or_insert_with(|| Context {
+            root,
+            cpus: 0,
+            rights: BTreeMap::new(),
+        });
         let mixed = context.root != root && context.cpus != 0;
         context.root = root;
         context.cpus |= 1 << cpu;
@@ -150,6 +163,7 @@ impl State {
             for (vmid, cpus) in self.tlb.complete(cpu, !inner) {
                 if let Some(context) = self.contexts.get_mut(&vmid) {
                     context.cpus &= !cpus;
+                    context.rights.retain(|cpu, _| cpus & (1 << cpu) == 0);
                 }
             }
             self.contexts.retain(|_, context| context.cpus != 0);
@@ -187,7 +201,7 @@ impl State {
     }
 
     /// CPUs whose VTTBR_EL2 names `vmid` for a guest.
-    fn holders(&self, vmid: u16) -> Cpus {
+    pub(super) fn holders(&self, vmid: u16) -> Cpus {
         let holds = |(index, cpu): (usize, &Cpu)| u64::from(vmid_of(cpu.vttbr) == vmid) << index;
         self.cpus
             .iter()
@@ -209,7 +223,7 @@ impl State {
             }
             Some((home, Up::Slot { table: up, index })) => {
                 let raw = self.memory.word(up, index);
-                if decode(raw, home.level - 1) == Meaning::Table(table) {
+                if self.memory.decode(raw, home.level - 1) == Meaning::Table(table) {
                     found = self.reachers(up);
                 }
             }
@@ -263,6 +277,8 @@ impl State {
                 true => Violation::RootFreedWhileLoaded { root: pa },
                 false => Violation::TableFreedWhileWalkable { table: pa },
             });
+        } else if self.is_deferred(table) {
+            self.report(Violation::TableFreedWhileDeferred { table: pa });
         } else if self.cpus.iter().any(|cpu| base_of(cpu.vttbr) == table) {
             self.report(Violation::RootFreedWhileLoaded { root: pa });
         }
@@ -305,7 +321,10 @@ impl State {
             level,
             ipa,
         } = slot;
-        let (old, new) = (decode(old_raw, level), decode(new_raw, level));
+        let (old, new) = (
+            self.memory.decode(old_raw, level),
+            self.memory.decode(new_raw, level),
+        );
         if let Meaning::Table(child) = new {
             if !self.memory.is_live(child) {
                 self.report(Violation::LinkedNoTable {
@@ -313,14 +332,13 @@ impl State {
                 });
             }
             let up = Up::Slot { table, index };
-            self.memory.hang(
-                child,
-                Home {
-                    level: level + 1,
-                    ipa,
-                    up,
-                },
-            );
+            let home = Home {
+                level: level + 1,
+                ipa,
+                up,
+            };
+            self.judge_link(child, home, table);
+            self.memory.hang(child, home);
         }
         if let Meaning::Table(child) = old
             && old != new
@@ -354,25 +372,6 @@ impl State {
         });
     }
 
-    /// A block and a table that replace each other in one step must lead to the same memory.
-    fn judge_size(&mut self, slot: &Slot, old: &Meaning, new: &Meaning) {
-        let (block, child) = match (*old, *new) {
-            (Meaning::Leaf(block), Meaning::Table(child))
-            | (Meaning::Table(child), Meaning::Leaf(block)) => (block, child),
-            _ => return,
-        };
-        let leaves = self.memory.leaves(child, slot.level + 1, slot.ipa);
-        let other = leaves
-            .iter()
-            .find(|at| at.leaf.young && !at.leaf.agrees(at.ipa, &block, slot.ipa));
-        if let Some(ipa) = other.map(|at| at.ipa).filter(|_| block.young) {
-            self.report(Violation::BreakBeforeMake {
-                ipa: Ipa::new(ipa),
-                changed: Change::Contents,
-            });
-        }
-    }
-
     /// What was reachable through `slot` and is no longer becomes stale.
     fn retire(&mut self, vmid: u16, slot: Slot, raw: u64, old: &Meaning, cpus: Cpus) {
         let Slot {
@@ -383,17 +382,14 @@ impl State {
         } = slot;
         match *old {
             Meaning::Leaf(leaf) if leaf.young => {
-                self.tlb.add_leaf(
-                    vmid,
-                    Place {
-                        table,
-                        index,
-                        raw,
-                        ipa,
-                        leaf,
-                    },
-                    cpus,
-                );
+                let place = Place {
+                    table,
+                    index,
+                    raw,
+                    ipa,
+                    leaf,
+                };
+                self.retire_leaf(vmid, place, cpus);
             }
             Meaning::Table(child) => {
                 for (table, level, ipa) in self.memory.subtree(child, level + 1, ipa) {
@@ -401,7 +397,7 @@ impl State {
                 }
                 for place in self.memory.leaves(child, level + 1, ipa) {
                     if place.leaf.young {
-                        self.tlb.add_leaf(vmid, place, cpus);
+                        self.retire_leaf(vmid, place, cpus);
                     }
                 }
             }
@@ -409,60 +405,9 @@ impl State {
         }
     }
 
-    /// Reports stale entries that may not coexist with what is made in `slot`.
-    fn judge_make(&mut self, vmid: u16, slot: Slot, new: &Meaning) {
-        let Slot { level, ipa, .. } = slot;
-        let (span, bbm) = (span_bytes(level), self.features.bbm);
-        let mut found: Vec<(u64, Cause)> = Vec::new();
-        let mut clash = |tlb: &Tlb, ipa: u64, leaf: &Leaf| {
-            for stale in tlb.overlapping(vmid, ipa, leaf.bytes) {
-                let at = &stale.place;
-                let sized = at.leaf.bytes == leaf.bytes || bbm >= 2;
-                if !(sized && at.leaf.agrees(at.ipa, leaf, ipa)) {
-                    found.push((at.ipa, stale.cause()));
-                }
-            }
-        };
-        match *new {
-            Meaning::Nothing => return,
-            Meaning::Leaf(leaf) if leaf.young => clash(&self.tlb, ipa, &leaf),
-            Meaning::Leaf(_) => return,
-            Meaning::Table(child) => {
-                for place in self.memory.leaves(child, level + 1, ipa) {
-                    if place.leaf.young {
-                        clash(&self.tlb, place.ipa, &place.leaf);
-                    }
-                }
-                if bbm < 2 {
-                    let stale = self.tlb.overlapping(vmid, ipa, span);
-                    let wide = stale.iter().filter(|stale| stale.place.leaf.bytes >= span);
-                    found.extend(wide.map(|stale| (stale.place.ipa, stale.cause())));
-                }
-            }
-        }
-        let child = match *new {
-            Meaning::Table(child) => child,
-            _ => 0,
-        };
-        let within = |stale: &&StaleTable| {
-            stale.vmid == vmid
-                && stale.bytes() >= span
-                && stale.covers(ipa)
-                && stale.table != slot.table
-        };
-        for stale in self.tlb.tables().filter(within) {
-            let same = stale.table == child || bbm >= 2 && child == 0;
-            if !same && !self.leads_to(stale.table, slot.table) {
-                found.push((stale.ipa, Cause::NotInvalidated));
-            }
-        }
-        found.dedup();
-        for (ipa, cause) in found {
-            self.report(Violation::MadeOverStale {
-                ipa: Ipa::new(ipa),
-                vmid,
-                cause,
-            });
+    fn retire_leaf(&mut self, vmid: u16, place: Place, cpus: Cpus) {
+        for (rights, cpus) in self.rights_of(vmid, cpus) {
+            self.tlb.add_leaf(vmid, place, rights, cpus);
         }
     }
 
@@ -472,9 +417,12 @@ impl State {
         let Some(home) = self.memory.home(at.table) else {
             return true;
         };
-        let now = decode(self.memory.word(at.table, at.index), home.level);
+        let raw = self.memory.word(at.table, at.index);
+        let now = self.memory.decode(raw, home.level);
         let root = self.contexts.get(&leaf.vmid).map(|context| context.root);
-        now != Meaning::Leaf(at.leaf) || self.linked_root(at.table) != root
+        now != Meaning::Leaf(at.leaf)
+            || self.linked_root(at.table) != root
+            || self.is_resolved_otherwise(leaf)
     }
 
     /// The root from which memory leads to `table` now.
@@ -484,7 +432,7 @@ impl State {
             Up::Root(root) => Some(root),
             Up::Slot { table: up, index } => {
                 let raw = self.memory.word(up, index);
-                let linked = decode(raw, home.level - 1) == Meaning::Table(table);
+                let linked = self.memory.decode(raw, home.level - 1) == Meaning::Table(table);
                 linked.then(|| self.linked_root(up)).flatten()
             }
         }
@@ -492,32 +440,28 @@ impl State {
 
     /// Every leaf that memory leads to from a root that some CPU holds or held.
     pub(super) fn current_leaves(&self) -> Vec<Place> {
+        let roots = self.contexts.values().map(|context| context.root);
+        roots.flat_map(|root| self.leaves_of(root)).collect()
+    }
+
+    /// Every leaf that memory leads to from `root`.
+    pub(super) fn leaves_of(&self, root: u64) -> Vec<Place> {
         let mut found = Vec::new();
-        for context in self.contexts.values() {
-            for page in 0..self.features.initial_tables {
-                let table = context.root + page * PAGE_BYTES;
-                if let Some(home) = self.memory.home(table) {
-                    found.extend(self.memory.leaves(table, home.level, home.ipa));
-                }
+        for page in 0..self.features.initial_tables {
+            let table = root + page * PAGE_BYTES;
+            if let Some(home) = self.memory.home(table) {
+                found.extend(self.memory.leaves(table, home.level, home.ipa));
             }
         }
         found
-    }
-
-    /// Whether `table` hangs below `above`.
-    fn leads_to(&self, above: u64, table: u64) -> bool {
-        match self.memory.home(table).map(|home| home.up) {
-            Some(Up::Slot { table: up, .. }) => up == above || self.leads_to(above, up),
-            _ => false,
-        }
     }
 }
 
 /// A slot that hangs in a tree.
 #[derive(Clone, Copy, Debug)]
-struct Slot {
-    table: u64,
-    index: usize,
-    level: u8,
-    ipa: u64,
+pub(super) struct Slot {
+    pub(super) table: u64,
+    pub(super) index: usize,
+    pub(super) level: u8,
+    pub(super) ipa: u64,
 }

@@ -3,6 +3,9 @@
 //! What memory says *now* may always be cached and needs no record. Recorded is each leaf and each table descriptor that
 //! was replaced while a CPU could walk to it, with the CPUs that may still hold it, in three forms:
 //!
+//! Each is recorded with the S2PIR_EL2 that its permission was resolved by (`rights`). A leaf that memory still holds is
+//! recorded, too, when it was cached under another value than its CPU has now.
+//!
 //! | form | dropped by |
 //! |---|---|
 //! | stage 2 only, and table entries (walk caches) | IPAS2E1, RIPAS2E1, VMALLS12E1, ALLE1 |
@@ -58,6 +61,8 @@ pub(super) enum Scope {
 pub(super) struct StaleLeaf {
     pub(super) place: Place,
     pub(super) vmid: u16,
+    /// S2PIR_EL2 when it was cached; 0 with direct permissions.
+    pub(super) rights: u64,
     pub(super) stage2: Cpus,
     pub(super) combined: Cpus,
     pub(super) alias: Cpus,
@@ -80,6 +85,16 @@ struct Doom {
     alias: Cpus,
     /// Only this page's combined entry.
     page: Option<u64>,
+}
+
+impl Doom {
+    /// Leaves `cpus` alone; whether anything is left.
+    fn spare(&mut self, cpus: Cpus) -> bool {
+        for form in [&mut self.stage2, &mut self.combined, &mut self.alias] {
+            *form &= !cpus;
+        }
+        self.stage2 | self.combined | self.alias != 0
+    }
 }
 
 /// A table descriptor that memory no longer holds.
@@ -213,15 +228,25 @@ impl StaleTable {
 }
 
 impl Tlb {
-    /// Records that `place` was replaced while `cpus` could walk to it under `vmid`.
-    pub(super) fn add_leaf(&mut self, vmid: u16, place: Place, cpus: Cpus) {
+    /// Records that `place` was replaced while `cpus`, whose S2PIR_EL2 was `rights`, could walk to it under `vmid`.
+    pub(super) fn add_leaf(&mut self, vmid: u16, place: Place, rights: u64, cpus: Cpus) {
+        self.add(vmid, place, rights, cpus, 0);
+    }
+
+    /// Records that `cpus` may have cached `place` by an S2PIR_EL2 that was `rights`, and walk by another one now.
+    pub(super) fn add_resolved(&mut self, vmid: u16, place: Place, rights: u64, cpus: Cpus) {
+        self.add(vmid, place, rights, cpus, ALL_CPUS);
+    }
+
+    fn add(&mut self, vmid: u16, place: Place, rights: u64, cpus: Cpus, sees_new: Cpus) {
         let fresh = StaleLeaf {
             place,
             vmid,
+            rights,
             stage2: cpus,
             combined: cpus,
             alias: cpus,
-            sees_new: 0,
+            sees_new,
             doomed: Vec::new(),
             evicted: Vec::new(),
             unsynchronized: false,
@@ -231,12 +256,23 @@ impl Tlb {
         let leaves = self.leaves.entry((vmid, place.ipa)).or_default();
         let same = |leaf: &&mut StaleLeaf| {
             let at = leaf.place;
-            at.leaf == place.leaf && at.table == place.table && at.index == place.index
+            at.leaf == place.leaf
+                && at.table == place.table
+                && at.index == place.index
+                && leaf.rights == rights
         };
         match leaves.iter_mut().find(same) {
             Some(leaf) => {
                 let held = (leaf.stage2, leaf.combined, leaf.alias);
-                *leaf = fresh;
+                let mut doomed = core::mem::take(&mut leaf.doomed);
+                // What is cached anew is not dropped by what was issued before.
+                doomed.retain_mut(|doom| sees_new == ALL_CPUS && doom.spare(cpus));
+                let sees_new = leaf.sees_new & sees_new;
+                *leaf = StaleLeaf {
+                    doomed,
+                    sees_new,
+                    ..fresh
+                };
                 leaf.stage2 |= held.0;
                 leaf.combined |= held.1;
                 leaf.alias |= held.2;
@@ -280,6 +316,17 @@ impl Tlb {
             .flat_map(|(_, leaves)| leaves)
             .chain(blocks.flatten())
             .filter(|leaf| leaf.is_held())
+            .collect()
+    }
+
+    /// Stale leaves under `vmid` that `cpu` may hold.
+    pub(super) fn held_by(&self, vmid: u16, cpu: usize) -> Vec<Place> {
+        let held = |leaf: &&StaleLeaf| (leaf.stage2 | leaf.combined | leaf.alias) & (1 << cpu) != 0;
+        self.leaves
+            .range((vmid, 0)..=(vmid, u64::MAX))
+            .flat_map(|(_, leaves)| leaves)
+            .filter(held)
+            .map(|leaf| leaf.place)
             .collect()
     }
 
