@@ -4,17 +4,20 @@
 //! exactly. *Running*: vCPUs write without pause while epochs end; a copy fed only by the harvests must equal the guest's
 //! memory byte for byte at the end. Which part of memory is written changes, so that regions become hot and cold.
 
+use alloc::format;
 use alloc::vec::Vec;
 
 use crate::addr::PAGE_BYTES;
 use crate::guest::abi::{flags, op};
+use crate::mmu::PageSet;
 use crate::vm::Command;
 
 use super::Refusal;
+use super::clock::Moment;
 use super::cycle::{self, Oddities};
 use super::protect::linger;
 use super::report::{Row, progress};
-use super::scene::{Cast, Comparison, Scene, Stage};
+use super::scene::{Cast, Comparison, Scene, Stage, cpu};
 use super::shadow::Shadow;
 use super::verify::logged;
 
@@ -22,8 +25,12 @@ use super::verify::logged;
 const WINDOW: u64 = 64;
 /// One epoch of this many has no writes, and one of this many writes everywhere.
 const RARE: u64 = 16;
-/// How long running vCPUs have for an epoch, at most.
+/// How long running vCPUs have for an epoch, at most, before anybody looks whether they have written.
 const EPOCH_NS: u64 = 400_000;
+/// How long that is waited for.
+const PATIENCE_NS: u64 = 20_000_000;
+/// One epoch of this many ends whether anything was written or not.
+const HASTE: u64 = 4;
 /// Times that running vCPUs turn to another part of memory.
 const SCENES: u64 = 10;
 
@@ -134,6 +141,9 @@ fn running(stage: &Stage<'_>, cast: Cast) -> Result<bool, Refusal> {
         })?;
         while done < stage.params.epochs * part / SCENES {
             linger(random.below(EPOCH_NS));
+            if !random.next().is_multiple_of(HASTE) {
+                await_writes(&scene)?;
+            }
             end(&scene)?;
             done += 1;
         }
@@ -153,6 +163,17 @@ fn running(stage: &Stage<'_>, cast: Cast) -> Result<bool, Refusal> {
         .value("pages_lost", lost)
         .print();
     Ok(lost == 0)
+}
+
+/// Waits until something was written in this epoch.
+fn await_writes(scene: &Scene) -> Result<(), Refusal> {
+    let start = Moment::now();
+    let mut pages = PageSet::default();
+    while pages.is_empty() && start.elapsed_ns() < PATIENCE_NS {
+        let read = scene.stage2().dirty(cpu(), scene.data, &mut pages);
+        read.map_err(|error| format!("dirty logging: {error}"))?;
+    }
+    Ok(())
 }
 
 /// Every vCPU writes at random to some part of its region: mostly to a small one, at times everywhere or nowhere.

@@ -36,7 +36,7 @@ impl Table<'_> {
         for (model, engines) in MODELS {
             for engine in engines {
                 let append =
-                    format!("suite=epochs vcpus=3 mib={mib} backing=2m epochs={epochs} {engine}");
+                    format!("suite=epochs vcpus=2 mib={mib} backing=2m epochs={epochs} {engine}");
                 let name = format!("{epochs} epochs report what was written, {engine}, {model}");
                 cases.push(self.epoch(name, model, append, epochs_are_exact));
             }
