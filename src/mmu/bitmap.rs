@@ -218,15 +218,17 @@ impl Bitmap {
         }
         let (first, last) = (from / GROUP_PAGES, (to - 1) / GROUP_PAGES);
         for top in (first / 4096)..=(last / 4096) {
-            let mut named = self.union(|shard| shard.top.get(to_index(top)));
+            let words = places(top * 64, first / 64, last / 64);
+            let mut named = self.union(|shard| shard.top.get(to_index(top))) & words;
             while named != 0 {
                 let word = top * 64 + u64::from(named.trailing_zeros());
                 named &= named - 1;
-                let mut groups = self.union(|shard| shard.groups.get(to_index(word)));
+                let wanted = places(word * 64, first, last);
+                let mut groups = self.union(|shard| shard.groups.get(to_index(word))) & wanted;
                 while groups != 0 {
                     let group = word * 64 + u64::from(groups.trailing_zeros());
                     groups &= groups - 1;
-                    if group >= first && group <= last && !visit(group) {
+                    if !visit(group) {
                         return;
                     }
                 }
@@ -248,6 +250,13 @@ impl Bitmap {
             _ => u64::MAX,
         }
     }
+}
+
+/// Which of the 64 places from `base` lie in `first..=last`, which has some of them.
+fn places(base: u64, first: u64, last: u64) -> u64 {
+    let below = first.saturating_sub(base).min(63);
+    let above = 63_u64.saturating_sub(last.saturating_sub(base));
+    u64::MAX << below & u64::MAX >> above
 }
 
 impl Shard {
@@ -291,7 +300,7 @@ fn group_words(group: u64, from: u64, to: u64) -> impl Iterator<Item = u64> {
 mod tests {
     use std::vec::Vec;
 
-    use super::Bitmap;
+    use super::{Bitmap, places};
 
     fn taken(bitmap: &Bitmap, from: u64, to: u64) -> Vec<u64> {
         let mut pages = Vec::new();
@@ -308,6 +317,20 @@ mod tests {
             at = group + 512;
         }
         pages
+    }
+
+    #[test]
+    fn only_what_is_asked_for_is_looked_at() {
+        for (base, first, last, expected) in [
+            (0, 0, 0, 1),
+            (0, 3, 5, 0b11_1000),
+            (64, 3, 1000, u64::MAX),
+            (64, 127, 1000, 1 << 63),
+            (64, 3, 64, 1),
+            (64, 64, 127, u64::MAX),
+        ] {
+            assert_eq!(places(base, first, last), expected, "{base} {first} {last}");
+        }
     }
 
     #[test]
