@@ -297,7 +297,21 @@ impl Copy<'_> {
         let base = at.align_down(live.level.span_bytes());
         let next = base.raw().saturating_add(live.level.span_bytes());
         let spare = self.descend(context, base, live.level, active)?;
+        let old = spare.load();
+        let was_written = live.level == Level::L2
+            && old.is_table(live.level)
+            && is_written(context, table_of(old, active));
         if !live.found.is_table(live.level) {
+            if was_written && live.found.is_leaf(live.level) {
+                // Written in the last epoch and, so far, not in this one: it will be.
+                let first = live.found.of_level(Level::L3);
+                for (page, to) in (0..).zip(table_of(old, active)) {
+                    let page = first.further(page * Level::L3.span_bytes());
+                    self.write(to, copied(context, page, Level::L3));
+                }
+                self.done.hot += 1;
+                return Ok(next);
+            }
             let copied = copied(context, live.found, live.level);
             self.put(spare, live.level, copied, active);
             self.done.cold += u64::from(copied != Descriptor::EMPTY);
@@ -307,9 +321,7 @@ impl Copy<'_> {
         if table.iter().any(|slot| slot.load().is_held()) {
             return Err(Wait::Busy);
         }
-        let old = spare.load();
-        let written = is_written(context, table)
-            || old.is_table(live.level) && is_written(context, table_of(old, active));
+        let written = was_written || is_written(context, table);
         if !written && let Some(block) = block_of(self.stage2, context, base, table) {
             self.put(spare, live.level, block, active);
             self.done.cold += 1;

@@ -41,6 +41,10 @@ impl TableFrames for HostFrames {
 }
 
 fn stage2(locking: Locking) -> Stage2 {
+    stage2_with(locking, Engine::Walk)
+}
+
+fn stage2_with(locking: Locking, engine: Engine) -> Stage2 {
     let services = Services {
         quiescence: Domain::new(2),
         vmids: VmidAllocator::new(8, 2),
@@ -58,7 +62,7 @@ fn stage2(locking: Locking) -> Stage2 {
         locking,
         shape: Shape::new(40).unwrap(),
         splitting: Splitting::default(),
-        engine: Engine::Walk,
+        engine,
         tracking: Tracking::Fault,
     };
     let stage2 = Stage2::new(config, Arc::new(services)).unwrap();
@@ -301,5 +305,39 @@ fn the_hypervisor_writes_through_the_same_slots_and_is_recorded() {
             .copy_from_guest(CPU, Ipa::new(u64::MAX - 3), &mut read)
             .is_err()
     );
+    stage2.destroy(CPU);
+}
+
+#[test]
+fn a_region_written_in_the_last_epoch_needs_no_split_in_the_next() {
+    let stage2 = stage2_with(Locking::Lockless, Engine::Swap);
+    let slot = stage2.add_slot(ram(Level::L2)).unwrap();
+    for page in [0, 512, 1024, 1536] {
+        touch(&stage2, page, Access::Write);
+    }
+    stage2.enable_logging(CPU, slot, false).unwrap();
+    // The CPU that faults is not in the guest; another one closes epochs.
+    stage2.rest(CPU);
+    let controller = CpuId(1);
+    let turn = || {
+        stage2.prepare(controller).unwrap();
+        let epoch = stage2.next_epoch(controller).unwrap().epoch;
+        stage2
+            .harvest(controller, slot, epoch, &mut PageSet::default())
+            .unwrap();
+    };
+    stage2.prepare(controller).unwrap();
+    touch(&stage2, 512, Access::Write);
+    turn();
+    // Nobody has written since: the block that is live now was written in the last epoch.
+    turn();
+    let split = leaves(&stage2);
+    let of = |level| split.iter().filter(|it| it.1 == level).count();
+    assert_eq!((of(Level::L2), of(Level::L3)), (3, 512));
+    assert!(split.iter().all(|(_, _, write)| !write));
+    turn();
+    turn();
+    assert_eq!(leaves(&stage2).len(), 4, "nothing is hot any more");
+    stage2.unload(CPU);
     stage2.destroy(CPU);
 }
