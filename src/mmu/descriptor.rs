@@ -187,6 +187,7 @@ impl Descriptor {
     }
 
     /// Encodes `leaf` for a slot at `level`.
+    #[inline]
     pub const fn leaf(leaf: &Leaf, level: Level, format: Format) -> Self {
         let mut bits = leaf.to.raw() & ADDRESS | VALID | (leaf.tag.0 as u64) << TAG_SHIFT;
         if matches!(level, Level::L3) {

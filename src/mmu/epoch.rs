@@ -187,7 +187,7 @@ impl Stage2 {
             match self.engine() {
                 Engine::Walk | Engine::Swap => {}
                 Engine::Lazy => self.push_down_group(cpu, &slot, group..end),
-                Engine::Pie => self.relabel_group(cpu, &slot, &closed, epoch, group..end),
+                Engine::Pie => self.relabel_group(cpu, id, &slot, &closed, epoch, group..end),
             }
             closed.take_group(group, end, |first, bits| into.push(first, bits));
         }

@@ -6,6 +6,7 @@
 //!     leaf, old ............................... set the access flag
 //!     leaf, read-only, write .................. page: make writable, then record it; block while logging: split
 //!     empty ................................... map, from the slot's backing
+//!     deferred ................................ look through the table, then walk on
 //!     busy, or a leaf that is frozen .......... back to the guest, which retries
 //! ```
 //!
@@ -138,7 +139,7 @@ impl Stage2 {
     ) -> Attempt {
         for _ in 0..ATTEMPTS {
             let guard = self.lock.share();
-            let Some(at) = self.walk(context, fault.ipa, active) else {
+            let Some(at) = context.tree.root.walk_to(fault.ipa, Level::L3, active) else {
                 return Attempt::Give(Resolution::NoSlot);
             };
             let attempt = if at.found.is_leaf(at.level) {
@@ -164,27 +165,47 @@ impl Stage2 {
         at: &Position<'_>,
         active: &Active<'_>,
     ) -> Attempt {
-        let permitted = match fault.access {
-            Access::Write => {
-                let Some(view) = context.tagged(at.found.tag()) else {
-                    return Attempt::Give(Resolution::Denied);
-                };
-                if !view.rights.permits(at.found) {
-                    return self.make_writable(cpu, context, view, fault, at, active);
-                }
-                true
-            }
-            Access::Read => at.found.is_readable(self.format()),
-            Access::Execute => at.found.is_executable(self.format()),
+        if fault.access != Access::Write {
+            return self.judge_read(cpu, context, fault.access, at);
+        }
+        let Some(view) = context.tagged(at.found.tag()) else {
+            return Attempt::Give(Resolution::Denied);
         };
-        match (permitted, at.found.is_young()) {
-            (false, _) => Attempt::Give(Resolution::Denied),
-            (true, true) => {
-                self.catch_up(cpu, context);
-                Attempt::Stale
-            }
-            (true, false) if at.found.is_frozen() => retry(),
-            (true, false) => set_leaf(at.slot, at.found, at.found.young()),
+        if view.rights.permits(at.found) {
+            return self.allow(cpu, context, at);
+        }
+        self.make_writable(cpu, context, view, fault, at, active)
+    }
+
+    #[cold]
+    fn judge_read(
+        &self,
+        cpu: CpuId,
+        context: &Context,
+        access: Access,
+        at: &Position<'_>,
+    ) -> Attempt {
+        let permitted = match access {
+            Access::Execute => at.found.is_executable(self.format()),
+            _ => at.found.is_readable(self.format()),
+        };
+        if permitted {
+            self.allow(cpu, context, at)
+        } else {
+            Attempt::Give(Resolution::Denied)
+        }
+    }
+
+    /// What the slot holds permits the access: what faulted is a stale entry, an older context, or the access flag.
+    #[cold]
+    fn allow(&self, cpu: CpuId, context: &Context, at: &Position<'_>) -> Attempt {
+        if at.found.is_young() {
+            self.catch_up(cpu, context);
+            Attempt::Stale
+        } else if at.found.is_frozen() {
+            retry()
+        } else {
+            set_leaf(at.slot, at.found, at.found.young())
         }
     }
 
@@ -242,6 +263,13 @@ impl Stage2 {
     ) -> Attempt {
         if at.found == Descriptor::BUSY {
             return retry();
+        }
+        if at.found.is_deferred() {
+            let _guard = self.lock.share();
+            return match self.walk(context, fault.ipa, active) {
+                Some(at) if at.found == Descriptor::BUSY => retry(),
+                _ => Attempt::Again,
+            };
         }
         let attempt = self.map_at(cpu, context, fault.ipa, fault.access, active);
         if matches!(attempt, Attempt::Done) {

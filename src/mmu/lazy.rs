@@ -35,7 +35,7 @@ use crate::mmu::epoch::{Closed, Engine};
 use crate::mmu::geometry::Level;
 use crate::mmu::protect::Busy;
 use crate::mmu::rights::Rights;
-use crate::mmu::slot::{Context, MemorySlot, SlotView};
+use crate::mmu::slot::{Context, MemorySlot, SlotId, SlotView};
 use crate::mmu::stage2::{Admin, Stage2};
 use crate::mmu::table::{Slot, Table, root_at, table_at};
 use crate::mmu::tlb::Debt;
@@ -52,11 +52,11 @@ impl Stage2 {
         self.deferring.store(1, Ordering::Release);
         let mut debt = Debt::open(self, cpu);
         debt.add_everything();
-        for (_, slot, _) in admin.logged() {
+        for (id, slot, _) in admin.logged() {
             let start = self.shape().start();
             let mut at = slot.config.ipa;
             while at < slot.end() {
-                while let Err(Busy) = self.defer_root_entry(cpu, at) {
+                while let Err(Busy) = self.defer_root_entry(cpu, id, at) {
                     arch::yield_now();
                 }
                 at = Ipa::new(at.align_down(start.span_bytes()).raw() + start.span_bytes());
@@ -74,7 +74,7 @@ impl Stage2 {
     }
 
     /// Takes what the root's entry for `ipa` leads to out of hardware's reach; a leaf there becomes read-only.
-    fn defer_root_entry(&self, cpu: CpuId, ipa: Ipa) -> Result<(), Busy> {
+    fn defer_root_entry(&self, cpu: CpuId, id: SlotId, ipa: Ipa) -> Result<(), Busy> {
         let active = self.services.quiescence.enter(cpu);
         let context = self.context.load(&active);
         let _guard = self.lock.share();
@@ -82,12 +82,13 @@ impl Stage2 {
         let level = root.shape.start();
         // SAFETY: A root lives until its VM is destroyed, after a grace period.
         let slots = unsafe { root_at(root.pa, root.shape.root_entries(), &active) };
-        match usize::try_from(ipa.raw() >> level.shift())
-            .ok()
-            .and_then(|index| slots.get(index))
-        {
-            Some(slot) => take_away(slot, level, |found| rights_of(context, found)),
-            None => Ok(()),
+        let index = usize::try_from(ipa.raw() >> level.shift()).ok();
+        match (
+            index.and_then(|index| slots.get(index)),
+            context.tagged(id.0),
+        ) {
+            (Some(slot), Some(view)) => take_away(slot, level, view.rights),
+            _ => Ok(()),
         }
     }
 
@@ -162,7 +163,7 @@ fn push_down(
         .slots
         .iter()
         .flatten()
-        .try_for_each(|view| look_through(context, view, table, level, base));
+        .try_for_each(|view| look_through(view, table, level, base));
     at.slot.replace_busy(match looked {
         Ok(()) => Descriptor::table(at.found.address()),
         Err(Busy) => at.found,
@@ -175,13 +176,7 @@ fn push_down(
 }
 
 /// Takes away what may be writable for `view`'s slot in a table of `level` that translates from `base`.
-fn look_through(
-    context: &Context,
-    view: &SlotView,
-    table: &Table,
-    level: Level,
-    base: Ipa,
-) -> Result<(), Busy> {
+fn look_through(view: &SlotView, table: &Table, level: Level, base: Ipa) -> Result<(), Busy> {
     let Some(closed) = &view.closed else {
         return Ok(());
     };
@@ -204,10 +199,10 @@ fn look_through(
         };
         if level == Level::L3 {
             let last = (group / GROUP_PAGES + 1) * GROUP_PAGES;
-            revoke_pages(context, view, closed, table, group..last.min(end))?;
+            revoke_pages(view, closed, table, group..last.min(end))?;
             page = last;
         } else {
-            take_away(entry, level, |found| rights_of(context, found))?;
+            take_away(entry, level, view.rights)?;
             let next = Ipa::new(at.align_down(level.span_bytes()).raw() + level.span_bytes());
             page = slot.page_of(next);
         }
@@ -217,7 +212,6 @@ fn look_through(
 
 /// Makes the leaves of the recorded ones of `pages` read-only; they lie in one group and in `table`, of level 3.
 fn revoke_pages(
-    context: &Context,
     view: &SlotView,
     closed: &Bitmap,
     table: &Table,
@@ -227,38 +221,32 @@ fn revoke_pages(
     let from = pages.start / WORD_PAGES * WORD_PAGES;
     let to = pages.end.next_multiple_of(WORD_PAGES).min(view.slot.pages);
     closed.read(from, to, |first, bits| {
-        for bit in (0..u64::from(u64::BITS)).filter(|bit| bits & (1 << bit) != 0) {
-            let page = first + bit;
+        let mut left = bits;
+        while left != 0 && outcome.is_ok() {
+            let page = first + u64::from(left.trailing_zeros());
+            left &= left - 1;
             let leaf = table.get(Level::L3.index_of(view.slot.ipa_of(page)));
-            if let Some(leaf) = leaf.filter(|_| outcome.is_ok() && pages.contains(&page)) {
-                outcome = take_away(leaf, Level::L3, |found| rights_of(context, found));
+            if let Some(leaf) = leaf.filter(|_| pages.contains(&page)) {
+                outcome = take_away(leaf, Level::L3, view.rights);
             }
         }
     });
     outcome
 }
 
-fn rights_of(context: &Context, leaf: Descriptor) -> Option<Rights> {
-    Some(context.tagged(leaf.tag())?.rights)
-}
-
 /// Makes a table in `slot` deferred and a leaf there read-only.
-fn take_away(
-    slot: &Slot,
-    level: Level,
-    rights: impl Fn(Descriptor) -> Option<Rights>,
-) -> Result<(), Busy> {
+#[inline]
+fn take_away(slot: &Slot, level: Level, rights: Rights) -> Result<(), Busy> {
     let mut found = slot.load();
     loop {
         let new = if found.is_held() {
             return Err(Busy);
         } else if found.is_table(level) {
             found.deferred()
+        } else if rights.permits(found) {
+            rights.revoke(found, level)
         } else {
-            match rights(found).filter(|rights| found.is_leaf(level) && rights.permits(found)) {
-                Some(rights) => rights.revoke(found, level),
-                None => return Ok(()),
-            }
+            return Ok(());
         };
         match slot.compare_and_swap(found, new) {
             Ok(()) => return Ok(()),

@@ -83,8 +83,10 @@ impl Stage2 {
         active: &'a Active<'_>,
     ) -> Result<Position<'a>, Attempt> {
         loop {
-            let at = self
-                .walk(context, ipa, active)
+            let at = context
+                .tree
+                .root
+                .walk_to(ipa, Level::L3, active)
                 .ok_or(Attempt::Give(Resolution::NoSlot))?;
             if at.found != Descriptor::EMPTY {
                 return Err(Attempt::Again);

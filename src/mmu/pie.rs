@@ -20,12 +20,11 @@ use core::ops::Range;
 use crate::addr::Ipa;
 use crate::arch;
 use crate::mmu::bitmap::Bitmap;
-use crate::mmu::descriptor::Descriptor;
 use crate::mmu::epoch::{Closed, Engine, Epoch};
 use crate::mmu::geometry::Level;
 use crate::mmu::protect::{Busy, Looked};
-use crate::mmu::rights::is_of;
-use crate::mmu::slot::MemorySlot;
+use crate::mmu::rights::{Rights, is_of};
+use crate::mmu::slot::{MemorySlot, SlotId};
 use crate::mmu::stage2::{Admin, Stage2};
 use crate::mmu::table::Slot;
 use crate::mmu::tlb::{self, Debt};
@@ -87,6 +86,7 @@ impl Stage2 {
     pub(crate) fn relabel_group(
         &self,
         cpu: CpuId,
+        id: SlotId,
         slot: &MemorySlot,
         closed: &Bitmap,
         epoch: Epoch,
@@ -99,7 +99,7 @@ impl Stage2 {
                 let low = left.trailing_zeros();
                 let run = (left >> low).trailing_ones();
                 let (from, to) = (first + u64::from(low), first + u64::from(low + run));
-                self.relabel(cpu, slot.ipa_of(from)..slot.ipa_of(to), epoch);
+                self.relabel(cpu, id, slot.ipa_of(from)..slot.ipa_of(to), epoch);
                 left = if low + run == u64::BITS {
                     0
                 } else {
@@ -109,24 +109,14 @@ impl Stage2 {
         });
     }
 
-    fn relabel(&self, cpu: CpuId, span: Range<Ipa>, epoch: Epoch) {
-        self.visit_slots(cpu, span, |found, _, level, context, _| {
-            let relabelled = |leaf: Descriptor| {
-                context
-                    .tagged(leaf.tag())
-                    .map(|view| view.rights.revoke(leaf, level))
-            };
-            relabel_slot(found, level, epoch, relabelled).map(Some)
+    fn relabel(&self, cpu: CpuId, id: SlotId, span: Range<Ipa>, epoch: Epoch) {
+        self.visit_slots(cpu, id, span, |found, _, level, view| {
+            relabel_slot(found, level, view.rights, epoch)
         });
     }
 }
 
-fn relabel_slot(
-    slot: &Slot,
-    level: Level,
-    epoch: Epoch,
-    relabelled: impl Fn(Descriptor) -> Option<Descriptor>,
-) -> Result<Looked, Busy> {
+fn relabel_slot(slot: &Slot, level: Level, rights: Rights, epoch: Epoch) -> Result<Looked, Busy> {
     let mut found = slot.load();
     loop {
         if found.is_held() {
@@ -138,11 +128,8 @@ fn relabel_slot(
         if !is_of(found, epoch) {
             return Ok(Looked::Done);
         }
-        let Some(new) = relabelled(found) else {
-            return Ok(Looked::Done);
-        };
-        match slot.compare_and_swap(found, new) {
-            Ok(()) => return Ok(Looked::Written),
+        match slot.compare_and_swap(found, rights.revoke(found, level)) {
+            Ok(()) => return Ok(Looked::Done),
             Err(now) => found = now,
         }
     }

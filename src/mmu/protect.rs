@@ -12,12 +12,12 @@ use crate::mmu::bitmap::Bitmap;
 use crate::mmu::epoch::Tracking;
 use crate::mmu::geometry::Level;
 use crate::mmu::rights::Rights;
-use crate::mmu::slot::{Context, MemorySlot, SlotId, SlotView};
+use crate::mmu::slot::{MemorySlot, SlotId, SlotView};
 use crate::mmu::stage2::Stage2;
 use crate::mmu::table::Slot;
 use crate::mmu::tlb::Debt;
 use crate::mmu::walk::table_of;
-use crate::sync::quiescence::{Active, CpuId};
+use crate::sync::quiescence::CpuId;
 
 /// The slot was busy: nothing was done, look again later.
 #[derive(Debug)]
@@ -35,6 +35,8 @@ pub(crate) enum Looked {
     Written,
     /// It held a table: look below.
     Deeper,
+    /// Nothing was done, and nothing is to be done with the rest.
+    Stop,
 }
 
 /// Makes the leaf in `slot`, which translates `ipa`, read-only. Empty slots and tables are left alone.
@@ -92,16 +94,11 @@ fn relax_slot(slot: &Slot, level: Level, rights: Rights) -> Result<Looked, Busy>
     }
 }
 
-/// What is done with each slot that decides about a range: its address, its level, the snapshot it was found by.
-pub(crate) trait Visit:
-    FnMut(&Slot, Ipa, Level, &Context, &Active<'_>) -> Result<Option<Looked>, Busy>
-{
-}
+/// What is done with each place that decides about a range of a memory slot, given its address, its level, and the memory
+/// slot as published.
+pub(crate) trait Visit: FnMut(&Slot, Ipa, Level, &SlotView) -> Result<Looked, Busy> {}
 
-impl<T> Visit for T where
-    T: FnMut(&Slot, Ipa, Level, &Context, &Active<'_>) -> Result<Option<Looked>, Busy>
-{
-}
+impl<T> Visit for T where T: FnMut(&Slot, Ipa, Level, &SlotView) -> Result<Looked, Busy> {}
 
 /// Records the pages of `slot` that the leaf of `level` at `ipa` translates.
 pub(crate) fn record_pages(
@@ -143,15 +140,12 @@ impl Stage2 {
         debt: &mut Debt<'_>,
     ) {
         let marks = self.tracking() == Tracking::Dbm;
-        self.visit_slots(cpu, span, |found, ipa, level, context, _| {
-            let Some(view) = context.tagged(id.0) else {
-                return Ok(None);
-            };
+        self.visit_slots(cpu, id, span, |found, ipa, level, view| {
             let looked = protect_slot(found, ipa, level, view.rights, debt)?;
             if marks && looked == Looked::Written {
                 record_pages(written, slot, ipa, level, cpu);
             }
-            Ok(Some(looked))
+            Ok(looked)
         });
     }
 
@@ -160,45 +154,45 @@ impl Stage2 {
         if self.tracking() == Tracking::Fault {
             return;
         }
-        self.visit_slots(
-            cpu,
-            slot.config.ipa..slot.end(),
-            |found, ipa, level, context, _| {
-                let Some(view) = context.tagged(id.0) else {
-                    return Ok(None);
-                };
-                let leaf = found.load();
-                if leaf.is_table(level) {
-                    return Ok(Some(Looked::Deeper));
-                }
-                if view.rights.permits(leaf) {
-                    record_pages(written, slot, ipa, level, cpu);
-                }
-                Ok(Some(Looked::Done))
-            },
-        );
+        let span = slot.config.ipa..slot.end();
+        self.visit_slots(cpu, id, span, |found, ipa, level, view| {
+            let leaf = found.load();
+            if leaf.is_table(level) {
+                return Ok(Looked::Deeper);
+            }
+            if view.rights.permits(leaf) {
+                record_pages(written, slot, ipa, level, cpu);
+            }
+            Ok(Looked::Done)
+        });
     }
 
     /// Makes everything mapped in the slot `id` writable again, unless somebody logs it meanwhile: who enables logging
     /// publishes that, waits for a grace period, and protects afterwards.
     pub(crate) fn relax_all(&self, cpu: CpuId, id: SlotId, slot: &MemorySlot) {
-        let relaxable = |view: &&SlotView| view.log.is_none() && view.slot.config.writable;
-        self.visit_slots(
-            cpu,
-            slot.config.ipa..slot.end(),
-            |found, _, level, context, _| match context.tagged(id.0).filter(relaxable) {
-                Some(view) => relax_slot(found, level, view.rights).map(Some),
-                None => Ok(None),
-            },
-        );
+        let span = slot.config.ipa..slot.end();
+        self.visit_slots(cpu, id, span, |found, _, level, view| {
+            if view.log.is_none() && view.slot.config.writable {
+                relax_slot(found, level, view.rights)
+            } else {
+                Ok(Looked::Stop)
+            }
+        });
     }
 
-    /// Calls `visit` with every slot that decides about memory of `span`, until it says `None`: inside sections, under the
-    /// shared lock, waiting outside both for what is busy. A block that becomes a table meanwhile is visited leaf by leaf.
-    pub(crate) fn visit_slots(&self, cpu: CpuId, span: Range<Ipa>, mut visit: impl Visit) {
+    /// Calls `visit` with every place that decides about memory of `span`, which lies in the slot `id`, until that says to
+    /// stop: inside sections, under the shared lock, waiting outside both for what is busy. A block that becomes a table
+    /// meanwhile is visited leaf by leaf. Of a slot that is being removed nothing is visited.
+    pub(crate) fn visit_slots(
+        &self,
+        cpu: CpuId,
+        id: SlotId,
+        span: Range<Ipa>,
+        mut visit: impl Visit,
+    ) {
         let mut ipa = span.start;
         while ipa < span.end {
-            match self.visit_step(cpu, ipa, span.end, &mut visit) {
+            match self.visit_step(cpu, id, ipa, span.end, &mut visit) {
                 Ok(next) => ipa = next,
                 Err((stalled, Busy)) => {
                     ipa = stalled;
@@ -212,24 +206,27 @@ impl Stage2 {
     fn visit_step(
         &self,
         cpu: CpuId,
+        id: SlotId,
         ipa: Ipa,
         end: Ipa,
         visit: &mut impl Visit,
     ) -> Result<Ipa, (Ipa, Busy)> {
         let active = self.services.quiescence.enter(cpu);
         let context = self.context.load(&active);
+        let Some(view) = context.tagged(id.0) else {
+            return Ok(end);
+        };
         let _guard = self.lock.share();
         let Some(at) = self.walk_to(context, ipa, Level::L2, &active) else {
             return Ok(end);
         };
         let next = Ipa::new(ipa.align_down(at.level.span_bytes()).raw() + at.level.span_bytes());
         if !at.found.is_table(at.level) {
-            let looked =
-                visit(at.slot, ipa, at.level, context, &active).map_err(|busy| (ipa, busy))?;
+            let looked = visit(at.slot, ipa, at.level, view).map_err(|busy| (ipa, busy))?;
             return Ok(match looked {
-                Some(Looked::Deeper) => ipa,
-                Some(_) => next,
-                None => end,
+                Looked::Done | Looked::Written => next,
+                Looked::Deeper => ipa,
+                Looked::Stop => end,
             });
         }
         let mut page = ipa;
@@ -240,9 +237,8 @@ impl Stage2 {
             if page >= end {
                 break;
             }
-            let looked =
-                visit(slot, page, Level::L3, context, &active).map_err(|busy| (page, busy))?;
-            if looked.is_none() {
+            let looked = visit(slot, page, Level::L3, view).map_err(|busy| (page, busy))?;
+            if looked == Looked::Stop {
                 return Ok(end);
             }
             page = Ipa::new(page.raw() + Level::L3.span_bytes());

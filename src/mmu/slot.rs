@@ -162,6 +162,7 @@ impl MemorySlot {
 
     /// The largest level, no larger than `limit` and the slot's own, whose leaf around `ipa` lies inside the slot and
     /// inside one aligned piece of host memory.
+    #[inline]
     pub(crate) fn level_at(&self, ipa: Ipa, limit: Level) -> Level {
         let mut level = self.config.max_leaf.max(limit);
         while let Some(deeper) = level.deeper() {
@@ -174,6 +175,7 @@ impl MemorySlot {
     }
 
     /// The host address of the aligned leaf of `level` around `ipa`, if there is one.
+    #[inline]
     fn leaf_base(&self, ipa: Ipa, level: Level) -> Option<Pa> {
         let base = ipa.align_down(level.span_bytes());
         let (pa, left) = self.backing_of(base)?;
@@ -181,6 +183,7 @@ impl MemorySlot {
     }
 
     /// The leaf of `level` around `ipa`, which [`MemorySlot::level_at`] or a finer level allows.
+    #[inline]
     pub(crate) fn leaf(&self, ipa: Ipa, level: Level, tag: Tag, write: bool) -> Option<Leaf> {
         Some(Leaf {
             to: self.leaf_base(ipa, level)?,
@@ -224,6 +227,7 @@ pub(crate) struct Context {
 
 impl Context {
     /// The slot that holds `ipa`.
+    #[inline]
     pub(crate) fn slot_of(&self, ipa: Ipa) -> Option<(Tag, &SlotView)> {
         self.slots.iter().enumerate().find_map(|(index, view)| {
             let view = view.as_ref()?;

@@ -342,6 +342,7 @@ impl Stage2 {
     }
 
     /// Loads what `context` says into the calling CPU's registers, and acknowledges it.
+    #[cold]
     fn adopt(&self, cpu: CpuId, context: &Context) {
         match self.engine {
             Engine::Walk | Engine::Lazy => {}
@@ -353,10 +354,9 @@ impl Stage2 {
 
     /// `cpu`, the calling CPU, acts on `context`: if it runs this VM under something older, it is brought up to date, so that
     /// what it invalidates is what it acts on.
-    #[cold]
+    #[inline]
     pub(crate) fn catch_up(&self, cpu: CpuId, context: &Context) {
-        let runs = !self.acks.is_away(cpu.0);
-        if runs && self.acks.seen(cpu.0) != context.generation {
+        if self.acks.seen(cpu.0) != context.generation && !self.acks.is_away(cpu.0) {
             arch::dsb_ish();
             self.adopt(cpu, context);
         }

@@ -104,7 +104,14 @@ pub(crate) enum Owed {
 
 impl Owed {
     /// Adds the leaf of `level` at `ipa`.
+    #[inline]
     pub(crate) fn add(&mut self, ipa: Ipa, level: Level) {
+        if !matches!(self, Self::Everything) {
+            self.add_place(ipa, level);
+        }
+    }
+
+    fn add_place(&mut self, ipa: Ipa, level: Level) {
         let from = ipa.align_down(level.span_bytes());
         let to = Ipa::new(from.raw().saturating_add(level.span_bytes()));
         *self = match *self {
