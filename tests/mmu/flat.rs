@@ -7,6 +7,7 @@ use std::collections::BTreeSet;
 use vellum::addr::{Ipa, PAGE_BYTES, Pa};
 use vellum::mmu::{Access, Contents, Extent, Level, Memory, SlotConfig, SlotId, Stage2};
 
+use crate::closing::Closing;
 use crate::rig::BLOCK_BYTES;
 
 /// Host memory, freed with its VM.
@@ -52,6 +53,8 @@ pub(crate) struct ModelSlot {
     pub(crate) copied: RefCell<Option<Vec<u64>>>,
     /// Pages that may be reported: written, or tried to, since they were last cleared.
     pub(crate) reportable: RefCell<BTreeSet<u64>>,
+    /// The closed epoch that is still to be harvested.
+    pub(crate) closing: RefCell<Option<Closing>>,
 }
 
 impl Vm {
@@ -84,6 +87,7 @@ impl Vm {
             writes: RefCell::new(vec![0; usize_of(pages)]),
             copied: RefCell::new(None),
             reportable: RefCell::default(),
+            closing: RefCell::default(),
         });
     }
 

@@ -3,7 +3,9 @@
 //! threads.
 #![cfg(not(loom))]
 
+mod closing;
 mod collapsing;
+mod cpus;
 mod events;
 mod flat;
 mod policies;

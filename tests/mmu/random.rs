@@ -7,10 +7,11 @@
 use std::cell::Cell;
 use std::env;
 use std::rc::Rc;
+use std::sync::atomic::Ordering;
 
 use vellum::addr::Ipa;
-use vellum::arch::fake::Random;
-use vellum::mmu::{Access, Bbm, Level, Locking, Policy, Splitting};
+use vellum::arch::fake::{Event, Random};
+use vellum::mmu::{Access, Bbm, Engine, Error, Level, Locking, Policy, Splitting, Tracking};
 use vellum::sync::quiescence::CpuId;
 
 use crate::flat::Vm;
@@ -29,20 +30,42 @@ struct Program {
     random: Random,
 }
 
+/// What programs of one kind have in common.
+#[derive(Clone, Copy)]
+struct Kind {
+    engine: Engine,
+    tracking: Tracking,
+    vms: usize,
+    vmid_bits: u32,
+}
+
+impl Kind {
+    const fn of(engine: Engine) -> Self {
+        Self {
+            engine,
+            tracking: Tracking::Fault,
+            vms: 1,
+            vmid_bits: 8,
+        }
+    }
+}
+
 impl Program {
-    fn new(seed: u64, vms: usize, vmid_bits: u32) -> Self {
+    fn new(seed: u64, kind: Kind) -> Self {
         let mut random = Random::new(seed);
         let plan = Plan {
             cpus: 4,
             locking: MODES[random.below(3)],
-            vmid_bits,
+            vmid_bits: kind.vmid_bits,
             range_tlbi: random.once_in(2),
             hpfar: random.once_in(2),
             splitting: splitting(&mut random),
+            engine: kind.engine,
+            tracking: kind.tracking,
         };
         let rig = Rc::new(Rig::new(plan));
         rig.machine.seed(seed);
-        let vms = (0..vms).map(|_| new_vm(&rig, &mut random)).collect();
+        let vms = (0..kind.vms).map(|_| new_vm(&rig, &mut random)).collect();
         Self { rig, vms, random }
     }
 
@@ -63,7 +86,7 @@ impl Program {
     fn step(&mut self) {
         let (index, vm) = self.pick_vm();
         let cpu = self.pick_cpu(&vm);
-        match self.random.below(32) {
+        match self.random.below(40) {
             0..4 => self.switch(&vm),
             4..18 => self.access(),
             18 => self.toggle_logging(cpu, &vm),
@@ -75,6 +98,11 @@ impl Program {
             29 if self.random.once_in(8) => self.replace(index, vm),
             30 => self.interrupted(|program| program.split(cpu, &vm)),
             31 => self.interrupted(|program| program.collapse(cpu, &vm)),
+            32..34 => self.interrupted(|program| program.close(cpu, &vm)),
+            34..36 => self.interrupted(|program| program.harvest(cpu, &vm)),
+            36 => self.interrupted(|program| program.prepare(cpu, &vm)),
+            37 => self.without_frames(cpu, &vm),
+            38 => self.rest(),
             _ => self.access(),
         }
     }
@@ -167,9 +195,56 @@ impl Program {
     }
 
     fn next_epoch(&self, cpu: usize, vm: &Rc<Vm>) {
-        if Self::is_logged(vm) {
+        if Self::is_logged(vm) && !Self::is_due(vm) {
             self.rig.next_epoch(cpu, vm, 0);
         }
+    }
+
+    fn is_due(vm: &Vm) -> bool {
+        vm.slots.borrow()[0].closing.borrow().is_some()
+    }
+
+    /// Closes an epoch, to be harvested later; refused when there is nothing to close.
+    fn close(&self, cpu: usize, vm: &Rc<Vm>) {
+        let id = vm.slots.borrow()[0].id;
+        let expected = match (Self::is_logged(vm), Self::is_due(vm)) {
+            (false, _) => Err(Error::NotLogging),
+            (true, true) => Err(Error::NotHarvested(id)),
+            (true, false) => Ok(()),
+        };
+        assert_eq!(self.rig.close(cpu, vm).map(drop), expected);
+    }
+
+    fn harvest(&self, cpu: usize, vm: &Rc<Vm>) {
+        self.rig.harvest(cpu, vm, 0);
+    }
+
+    fn prepare(&self, cpu: usize, vm: &Rc<Vm>) {
+        let prepared = self.rig.prepare(cpu, vm);
+        assert!(prepared.is_ok(), "{prepared:?}");
+    }
+
+    /// Prepares and closes an epoch while frames are short.
+    fn without_frames(&mut self, cpu: usize, vm: &Rc<Vm>) {
+        let left = self.random.below(4);
+        let frames = self.rig.frames.swap(left, Ordering::Relaxed);
+        if self.random.once_in(2) {
+            let prepared = self.rig.prepare(cpu, vm);
+            assert!(matches!(prepared, Ok(_) | Err(Error::NoMemory)));
+        }
+        if Self::is_logged(vm) && !Self::is_due(vm) {
+            self.close(cpu, vm);
+        }
+        let now = self.rig.frames.load(Ordering::Relaxed);
+        self.rig
+            .frames
+            .store(frames - left + now, Ordering::Relaxed);
+    }
+
+    /// A CPU sleeps until its guest has something to do again.
+    fn rest(&mut self) {
+        let cpu = 1 + self.random.below(self.rig.plan.cpus - 1);
+        self.rig.cpus.rest(cpu);
     }
 
     fn unmap(&mut self, cpu: usize, vm: &Rc<Vm>) {
@@ -220,15 +295,21 @@ impl Program {
         }
         let random = Rc::new(Cell::new(Random::new(self.random.bits())));
         let rig = Rc::clone(&self.rig);
-        let interruptions = Interruptions::new(move |_| {
+        let interruptions = Interruptions::new(move |event| {
             let mut choice = random.get();
             if choice.once_in(12) {
                 interrupt(&rig, &mut choice);
             }
+            if event == Event::Yield {
+                obey(&rig, &mut choice);
+            }
             random.set(choice);
         });
+        self.rig.cpus.polled.set(true);
         work(self);
         drop(interruptions);
+        self.rig.cpus.polled.set(false);
+        (0..self.rig.plan.cpus).for_each(|cpu| self.rig.cpus.obey(cpu));
     }
 }
 
@@ -249,6 +330,18 @@ fn interrupt(rig: &Rig, random: &mut Random) {
         Access::Write
     };
     rig.provoke(cpu, ipa, access);
+}
+
+/// Somebody waits: CPUs that were kicked obey, sooner or later, and their guests go on until then.
+fn obey(rig: &Rig, random: &mut Random) {
+    for cpu in (1..rig.plan.cpus).filter(|cpu| rig.cpus.is_kicked(*cpu)) {
+        if random.once_in(2) {
+            interrupt(rig, random);
+        }
+        if random.once_in(2) {
+            rig.cpus.obey(cpu);
+        }
+    }
 }
 
 fn splitting(random: &mut Random) -> Splitting {
@@ -284,13 +377,13 @@ fn setting(name: &str) -> Option<u64> {
 }
 
 /// Runs the programs `seeds` of `steps` steps, or the one that the environment names.
-fn run(seeds: u64, steps: u64, vms: usize, vmid_bits: u32) {
+fn run(seeds: u64, steps: u64, kind: Kind) {
     let (first, count) = setting("MODEL_SEED").map_or((1, seeds), |seed| (seed, 1));
     let steps = setting("MODEL_STEPS").unwrap_or(steps);
     for seed in first..first + count {
         let at = Rc::new(Cell::new(0));
         let _named = Named(seed, Rc::clone(&at));
-        let mut program = Program::new(seed, vms, vmid_bits);
+        let mut program = Program::new(seed, kind);
         for step in 0..steps {
             at.set(step);
             program.step();
@@ -321,15 +414,54 @@ impl Drop for Named {
 
 #[test]
 fn good_random_programs_of_one_vm_report_exactly_what_was_written() {
-    run(60, 300, 1, 8);
+    run(40, 300, Kind::of(Engine::Walk));
+}
+
+#[test]
+fn good_random_programs_with_engine_lazy() {
+    run(40, 300, Kind::of(Engine::Lazy));
+}
+
+#[test]
+fn good_random_programs_with_engine_swap() {
+    run(40, 300, Kind::of(Engine::Swap));
+}
+
+#[test]
+fn good_random_programs_with_engine_pie() {
+    run(40, 300, Kind::of(Engine::Pie));
+}
+
+#[test]
+fn good_random_programs_with_tracking_dbm() {
+    let tracking = Tracking::Dbm;
+    run(
+        40,
+        300,
+        Kind {
+            tracking,
+            ..Kind::of(Engine::Walk)
+        },
+    );
 }
 
 #[test]
 fn good_random_programs_of_many_vms_survive_vmid_rollover() {
-    run(20, 300, 12, 3);
+    for engine in Engine::ALL {
+        let kind = Kind {
+            vms: 12,
+            vmid_bits: 3,
+            ..Kind::of(engine)
+        };
+        run(8, 300, kind);
+    }
 }
 
 #[test]
 fn good_random_programs_with_8_bit_vmids_roll_over() {
-    run(1, 400, 300, 8);
+    let kind = Kind {
+        vms: 300,
+        ..Kind::of(Engine::Walk)
+    };
+    run(1, 400, kind);
 }

@@ -2,7 +2,8 @@
 //! take the faults they get, and a flat model of what they wrote.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc};
-use std::cell::{Cell, RefCell};
+use std::cell::Cell;
+use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -21,6 +22,8 @@ use vellum::sync::percpu;
 use vellum::sync::quiescence::{CpuId, Domain};
 use vellum::trace::Event;
 
+use crate::closing::Closing;
+use crate::cpus::{self, Cpus};
 use crate::flat::{ModelSlot, Vm, usize_of};
 
 /// Bytes of a level-2 block.
@@ -79,6 +82,8 @@ pub(crate) struct Plan {
     pub(crate) range_tlbi: bool,
     pub(crate) hpfar: bool,
     pub(crate) splitting: Splitting,
+    pub(crate) engine: Engine,
+    pub(crate) tracking: Tracking,
 }
 
 impl Default for Plan {
@@ -90,19 +95,21 @@ impl Default for Plan {
             range_tlbi: false,
             hpfar: false,
             splitting: Splitting::default(),
+            engine: Engine::Walk,
+            tracking: Tracking::Fault,
         }
     }
 }
 
 /// A machine with VMs.
 pub(crate) struct Rig {
-    pub(crate) machine: Machine,
+    pub(crate) machine: Rc<Machine>,
     pub(crate) services: Arc<Services>,
     pub(crate) plan: Plan,
     /// Frames that are left for tables.
     pub(crate) frames: Arc<AtomicUsize>,
     /// Which VM each CPU holds.
-    pub(crate) holds: RefCell<Vec<Option<Rc<Vm>>>>,
+    pub(crate) cpus: Rc<Cpus>,
 }
 
 /// How an access ended.
@@ -119,9 +126,14 @@ impl Rig {
             initial_tables: 2,
             hpfar_on_permission: plan.hpfar,
             bbm: u8::try_from(plan.splitting.bbm.level()).expect("a level"),
+            indirection: plan.engine == Engine::Pie,
+            dirty_state: plan.tracking == Tracking::Dbm,
             ..fake::Features::default()
         };
-        let machine = Machine::new(plan.cpus, features);
+        let machine = Rc::new(Machine::new(plan.cpus, features));
+        // SAFETY: Tables are frames of `HostFrames`, given back after the machine is told that they end; the MMU
+        // accesses them by atomics.
+        unsafe { machine.tables_are_memory() };
         for cpu in 0..plan.cpus {
             let index = u32::try_from(cpu).expect("few CPUs");
             machine.on(cpu, || percpu::this().index.store(index, Ordering::Relaxed));
@@ -138,17 +150,20 @@ impl Rig {
             tlb: TlbFeatures {
                 range: plan.range_tlbi,
             },
-            hardware: Hardware::default(),
+            hardware: Hardware {
+                indirection: features.indirection,
+                dirty_state: features.dirty_state,
+            },
             idle_vttbr: 0,
-            kick: Box::new(|_| {}),
+            kick: Box::new(cpus::kick),
         };
-        let holds = RefCell::new((0..plan.cpus).map(|_| None).collect());
+        let cpus = Cpus::new(&machine, plan.cpus);
         Self {
             machine,
             services: Arc::new(services),
             plan,
             frames,
-            holds,
+            cpus,
         }
     }
 
@@ -159,8 +174,8 @@ impl Rig {
             locking: self.plan.locking,
             shape,
             splitting: self.plan.splitting,
-            engine: Engine::Walk,
-            tracking: Tracking::Fault,
+            engine: self.plan.engine,
+            tracking: self.plan.tracking,
         };
         let stage2 = Stage2::new(config, Arc::clone(&self.services)).expect("frames for a root");
         Rc::new(Vm {
@@ -185,12 +200,13 @@ impl Rig {
         self.unload(cpu);
         let vttbr = self.machine.on(cpu, || vm.stage2.load(CpuId(cpu)));
         self.machine.load_vttbr(cpu, vttbr);
-        self.holds.borrow_mut()[cpu] = Some(Rc::clone(vm));
+        self.cpus.set(cpu, Some(Rc::clone(vm)));
+        self.cpus.enter(cpu);
     }
 
     /// `cpu` becomes idle.
     pub(crate) fn unload(&self, cpu: usize) {
-        let Some(vm) = self.holds.borrow_mut()[cpu].take() else {
+        let Some(vm) = self.cpus.set(cpu, None) else {
             return;
         };
         self.machine.load_vttbr(cpu, 0);
@@ -198,16 +214,16 @@ impl Rig {
     }
 
     pub(crate) fn vm_on(&self, cpu: usize) -> Option<Rc<Vm>> {
-        self.holds.borrow()[cpu].clone()
+        self.cpus.vm(cpu)
     }
 
     /// VMID under which some CPU runs `vm`.
     pub(crate) fn vmid_of(&self, vm: &Vm) -> Option<u16> {
-        let holds = self.holds.borrow();
-        let cpu = holds
-            .iter()
-            .position(|held| held.as_ref().is_some_and(|held| same(held, vm)))?;
-        let vttbr = self.machine.on(cpu, vellum::arch::vttbr);
+        let mut vttbrs = (0..self.plan.cpus)
+            .filter(|cpu| self.vm_on(*cpu).is_some_and(|held| same(&held, vm)))
+            .map(|cpu| self.machine.on(cpu, vellum::arch::vttbr));
+        // One that rests holds no root.
+        let vttbr = vttbrs.find(|vttbr| *vttbr != 0)?;
         u16::try_from(vttbr >> 48).ok()
     }
 
@@ -229,6 +245,10 @@ impl Rig {
         let vm = self.vm_on(cpu).expect("a guest on this CPU");
         let how = hardware(access);
         for _ in 0..=faults {
+            self.cpus.enter(cpu);
+            if access == Access::Write && self.plan.tracking == Tracking::Dbm {
+                vm.with_slot(ipa, |slot, page| slot.reportable.borrow_mut().insert(page));
+            }
             let abort = match self.machine.guest_access(cpu, ipa, how) {
                 Some(Outcome::Hit(pa)) => {
                     vm.reached(ipa, pa, access);
@@ -294,6 +314,7 @@ impl Rig {
         abort: fake::Abort,
         access: Access,
     ) -> Resolution {
+        self.cpus.leave(cpu);
         self.machine.on(cpu, || {
             let (kind, ipa) = match abort.kind {
                 fake::FaultKind::Translation => (FaultKind::Translation, Some(abort.hpfar)),
@@ -351,6 +372,7 @@ impl Rig {
             vm.stage2.disable_logging(CpuId(cpu), slots[index].id)
         });
         *slots[index].copied.borrow_mut() = None;
+        *slots[index].closing.borrow_mut() = None;
         disabled.expect("logging can be disabled")
     }
 
@@ -438,45 +460,19 @@ impl Rig {
             vm.stage2.clear(CpuId(cpu), slot.id, from, to, &mut set)
         });
         let split = cleared.expect("a logged slot and a good range");
-        self.harvest(vm, slot, &set, &tried);
-        (set.pages().collect(), split)
-    }
-
-    /// Closes the epoch of slot `index` and copies what is reported.
-    pub(crate) fn next_epoch(&self, cpu: usize, vm: &Vm, index: usize) -> BTreeSet<u64> {
-        let slots = vm.slots.borrow();
-        let take = |slot: &ModelSlot| core::mem::take(&mut *slot.reportable.borrow_mut());
-        let tried: Vec<_> = slots.iter().map(take).collect();
-        let closed = self
-            .machine
-            .on(cpu, || vm.stage2.next_epoch(CpuId(cpu)))
-            .expect("a logged slot");
-        let mut reported = BTreeSet::new();
-        for (at, (slot, tried)) in slots.iter().zip(&tried).enumerate() {
-            if slot.copied.borrow().is_none() {
-                continue;
-            }
-            let mut set = PageSet::default();
-            let harvested = self.machine.on(cpu, || {
-                let stage2 = &vm.stage2;
-                stage2.harvest(CpuId(cpu), slot.id, closed.epoch, &mut set)
-            });
-            harvested.expect("a closed epoch");
-            self.harvest(vm, slot, &set, tried);
-            if at == index {
-                reported = set.pages().collect();
-            }
-        }
-        reported
-    }
-
-    /// `set` was reported: nothing of it may still be written unseen. Copies it.
-    fn harvest(&self, vm: &Vm, slot: &ModelSlot, set: &PageSet, tried: &BTreeSet<u64>) {
-        let mut copied = slot.copied.borrow_mut();
-        let copied = copied.as_mut().expect("the model logs, too");
         for page in set.pages() {
             let known = tried.contains(&page) || slot.reportable.borrow().contains(&page);
             assert!(known, "page {page} was reported but not written");
+        }
+        self.copy(vm, slot, &set);
+        (set.pages().collect(), split)
+    }
+
+    /// `set` was reported: nothing of it may still be written unseen. Copies it.
+    pub(crate) fn copy(&self, vm: &Vm, slot: &ModelSlot, set: &PageSet) {
+        let mut copied = slot.copied.borrow_mut();
+        let copied = copied.as_mut().expect("the model logs, too");
+        for page in set.pages() {
             copied[usize_of(page)] = slot.writes.borrow()[usize_of(page)];
             self.no_stale_writable(vm, slot, page..page + 1);
         }
@@ -499,9 +495,19 @@ impl Rig {
             let recorded = self.dirty(0, vm, index);
             let slots = vm.slots.borrow();
             let writes = slots[index].writes.borrow();
+            let closing = slots[index].closing.borrow();
+            let is_due = |page| {
+                let due = |closing: &Closing| closing.tried.contains(&page);
+                closing.as_ref().is_some_and(due)
+            };
             for page in 0..slots[index].pages {
                 let at = usize_of(page);
-                let missed = writes[at] != copied[at] && !recorded.contains(&page);
+                if writes[at] != 0 && !recorded.contains(&page) {
+                    let memory = Pa::new(slots[index].pa.raw() + page * PAGE_BYTES);
+                    self.machine
+                        .assert_unwritable(slots[index].at(page), memory);
+                }
+                let missed = writes[at] != copied[at] && !recorded.contains(&page) && !is_due(page);
                 assert!(
                     !missed,
                     "page {page} of slot {index} was written and is not recorded"

@@ -5,8 +5,8 @@ use vellum::arch;
 use vellum::arch::fake::{Access, Cause, Features, Machine, Outcome, Violation};
 
 use crate::{
-    BLOCK, HOST, LEVEL3, OTHER_VTTBR, PAGE, RAM, VMID, VTTBR, begin, causes, guest_with,
-    invalidate, page, store, table, writes_fault, writes_hit,
+    BLOCK, HOST, LEVEL3, OTHER_VTTBR, PAGE, RAM, VTTBR, begin, causes, guest_with, invalidate,
+    page, store, table, writes_fault, writes_hit,
 };
 
 /// Index 5 may write in the first epoch, index 6 in the second and index 7 in the third; 1 never may.
@@ -292,7 +292,7 @@ fn good_relabelled_page_may_be_invalidated_by_its_address() {
     store(PAGE, indexed(5), READ_ONLY);
     invalidate(RAM);
     announce(&machine, FIRST);
-    machine.assert_no_writable(VMID as u16, RAM, 0x1000);
+    machine.assert_no_writable(5, RAM, 0x1000);
     machine.assert_unwritable(RAM, Pa::new(HOST));
     assert_eq!(machine.violations(), []);
 }

@@ -216,6 +216,13 @@ impl Machine {
         self.0.state.borrow_mut().enter(cpu);
     }
 
+    /// The CPU is at EL2 and stays there until it enters a guest again, whatever its registers say.
+    pub fn leave_guest(&self, cpu: usize) {
+        if let Some(cpu) = self.0.state.borrow_mut().cpus.get_mut(cpu) {
+            cpu.outside = true;
+        }
+    }
+
     /// Hardware that marks a leaf writes the mark into the memory at the leaf's address, too.
     ///
     /// # Safety

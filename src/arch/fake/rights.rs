@@ -66,9 +66,11 @@ impl State {
 
     /// The guest on `cpu` runs: whatever it can reach may be cached as its registers say.
     pub(super) fn enter(&mut self, cpu: usize) {
-        let Some((vttbr, rights)) = self.cpus.get(cpu).map(|cpu| (cpu.vttbr, cpu.rights)) else {
+        let Some(on) = self.cpus.get_mut(cpu) else {
             return;
         };
+        on.outside = false;
+        let (vttbr, rights) = (on.vttbr, on.rights);
         let vmid = vmid_of(vttbr);
         if base_of(vttbr) == 0 || self.rights_in(vmid, cpu) == Some(rights) {
             return;
@@ -131,7 +133,7 @@ impl State {
     }
 
     /// Reports every CPU that may write to the page `memory` at `ipa`, under a VMID that some CPU has loaded, unless
-    /// hardware marks that.
+    /// hardware marks that. One that sleeps at EL2 may not: it is judged again when it comes back.
     pub(super) fn judge_unwritable(&mut self, ipa: Ipa, memory: Pa) {
         let mut found = Vec::new();
         for (&vmid, context) in &self.contexts {
@@ -139,7 +141,9 @@ impl State {
                 continue;
             }
             for (rights, cpus) in self.rights_of(vmid, context.cpus) {
-                for cpu in (0..self.cpus.len()).filter(|cpu| cpus & (1 << cpu) != 0) {
+                let inside = self.cpus.iter().enumerate();
+                let inside = inside.filter(|(cpu, on)| cpus & (1 << cpu) != 0 && !on.outside);
+                for (cpu, _) in inside {
                     let walk = Walk {
                         cpu,
                         root: context.root,

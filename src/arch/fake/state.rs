@@ -29,6 +29,8 @@ pub(super) struct Cpu {
     pub(super) borrowed: Option<u64>,
     /// S2PIR_EL2; 0 where permissions are direct.
     pub(super) rights: u64,
+    /// It stays at EL2 until it enters the guest anew.
+    pub(super) outside: bool,
 }
 
 /// Who may have cached anything under a VMID.
@@ -82,6 +84,7 @@ impl State {
                     vttbr: 0,
                     borrowed: None,
                     rights: 0,
+                    outside: false,
                 })
                 .collect(),
             current: 0,
@@ -111,6 +114,7 @@ impl State {
         let cpu = self.current;
         if let Some(cpu) = self.cpus.get_mut(cpu) {
             cpu.vttbr = vttbr;
+            cpu.outside = false;
         }
         let (root, vmid) = (base_of(vttbr), vmid_of(vttbr));
         if root == 0 {
@@ -340,14 +344,16 @@ impl State {
             self.judge_link(child, home, table);
             self.memory.hang(child, home);
         }
+        let reachers = self.reachers(table);
         if let Meaning::Table(child) = old
             && old != new
         {
+            // In a tree that no CPU runs under, whoever edits it knows what it still refers to.
+            let sole = reachers.is_empty().then_some(self.current);
             for (table, ..) in self.memory.subtree(child, level + 1, ipa) {
-                self.walkers.unlink(table);
+                self.walkers.unlink(table, sole);
             }
         }
-        let reachers = self.reachers(table);
         if reachers.is_empty() || old == new {
             return;
         }

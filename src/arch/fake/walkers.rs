@@ -46,9 +46,10 @@ impl Walkers {
         }
     }
 
-    /// `table` was unlinked: whoever is in a section now may refer to it.
-    pub(super) fn unlink(&mut self, table: u64) {
-        let inside = |(cpu, depth): (usize, &u32)| u64::from(*depth > 0) << cpu;
+    /// `table` was unlinked: whoever is in a section now may refer to it, but for `sole`.
+    pub(super) fn unlink(&mut self, table: u64, sole: Option<usize>) {
+        let inside =
+            |(cpu, depth): (usize, &u32)| u64::from(*depth > 0 && sole != Some(cpu)) << cpu;
         let inside = self.depths.iter().enumerate().map(inside);
         let inside = inside.fold(0, |all, bit| all | bit);
         if inside != 0 {
