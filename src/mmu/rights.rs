@@ -5,11 +5,11 @@
 //! | any, direct permissions | W = 1 | W = 0 |
 //! | logged, `--tracking dbm`, page | dirty: DBM = 1, W = 1 | clean: DBM = 1, W = 0: hardware makes it dirty |
 //! | logged, `--tracking dbm`, block | as a page | DBM = 0, W = 0: the first write faults and splits |
-//! | not logged, indirect permissions | index [`index::WRITE`] | index [`index::READ`] |
-//! | logged, indirect permissions | the *current* epoch's index | any other: of another epoch, or [`index::READ`] |
+//! | not logged, indirect permissions | the index for writable RAM | the one for read-only RAM |
+//! | logged, indirect permissions | the *current* epoch's index | any other: another epoch's, or the one for read-only RAM |
 //!
 //! All are masks, so that the fault path asks and changes by a few logical instructions whatever the format is.
-//! S2PIR_EL2 says the same to hardware: [`s2pir`].
+//! S2PIR_EL2 says the same to hardware ([`s2pir`]).
 
 use crate::mmu::descriptor::{Descriptor, Format, INDEX, Memory, Permissions, index, index_bits};
 use crate::mmu::epoch::{Epoch, Tracking};
@@ -124,7 +124,6 @@ pub const fn is_of(leaf: Descriptor, epoch: Epoch) -> bool {
 }
 
 /// The permission index of what becomes writable in `epoch`.
-#[expect(clippy::cast_possible_truncation, reason = "a remainder below three")]
 const fn ring_index(epoch: Epoch) -> u32 {
     index::RING + (epoch.number() % RING) as u32
 }

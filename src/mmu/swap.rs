@@ -31,7 +31,7 @@ use crate::mmu::bitmap::{Bitmap, GROUP_PAGES, WORD_PAGES};
 use crate::mmu::descriptor::Descriptor;
 use crate::mmu::epoch::{Closed, Engine};
 use crate::mmu::error::Error;
-use crate::mmu::geometry::{ENTRIES, Level};
+use crate::mmu::geometry::Level;
 use crate::mmu::pool::{SpareTable, Spares};
 use crate::mmu::slot::Context;
 use crate::mmu::stage2::{Admin, Stage2};
@@ -435,8 +435,7 @@ fn block_of(stage2: &Stage2, context: &Context, base: Ipa, table: &Table) -> Opt
         let expected = expected.further(index as u64 * Level::L3.span_bytes());
         view.rights.revoke(found.load(), Level::L3).young() == expected
     };
-    let pages = table.iter().take(ENTRIES).enumerate();
-    pages.map(same).all(|same| same).then_some(())?;
+    table.iter().enumerate().all(same).then_some(())?;
     let block = view.rights.revoke(expected.of_level(Level::L2), Level::L2);
     Some(block)
 }
