@@ -128,6 +128,7 @@ fn share(machine: Machine, features: Features, shared: &'static cpus::Shared) ->
         },
         hardware: Hardware {
             indirection: features.s2pie,
+            access_flag: features.hardware_access_flag,
             dirty_state: features.hardware_dirty,
         },
         idle_vttbr: shared.idle_vttbr,

@@ -216,7 +216,9 @@ pub struct Stage2Geometry {
     pub wide_vmid: bool,
     /// Permission indirection (FEAT_S2PIE).
     pub indirection: bool,
-    /// Hardware sets access flags and marks what is written (FEAT_HAFDBS).
+    /// Hardware sets access flags (FEAT_HAFDBS).
+    pub access_flag: bool,
+    /// Hardware marks what is written (FEAT_HAFDBS, dirty state), which takes `access_flag` too.
     pub dirty_state: bool,
 }
 

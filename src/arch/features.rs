@@ -111,8 +111,8 @@ impl Features {
             },
             vmid_bits: if field(id.mmfr1, 4) == 2 { 16 } else { 8 },
             lse: field(id.isar0, 20) >= 2,
-            hardware_access_flag: field(id.mmfr1, 0) >= 1,
-            hardware_dirty: field(id.mmfr1, 0) >= 2,
+            hardware_access_flag: field(id.mmfr1, 0) >= 1 && !sets_no_flags(id.midr),
+            hardware_dirty: field(id.mmfr1, 0) >= 2 && !sets_no_flags(id.midr),
             bbm: field(id.mmfr2, 52),
             bbm_without_conflicts: never_conflicts(id.midr),
             tlbi_range: field(id.isar0, 56) >= 2,
@@ -197,6 +197,12 @@ impl Features {
         .into_iter()
         .filter_map(|(has, name)| has.then_some(name))
     }
+}
+
+/// Whether the core with this MIDR_EL1 says that it has FEAT_HAFDBS at stage 2 and must not be asked to use it: AmpereOne,
+/// erratum AC03_CPU_38.
+const fn sets_no_flags(midr: u64) -> bool {
+    midr >> 24 & 0xff == 0xc0 && midr >> 4 & 0xfff == 0xac3
 }
 
 /// Whether the core with this MIDR_EL1 implements FEAT_BBM level 2 without raising TLB conflict aborts, which may surface
@@ -289,6 +295,15 @@ mod tests {
         );
         assert_eq!((n1.pa_bits, n1.vmid_bits, n1.bbm, n1.csv2), (48, 16, 0, 1));
         assert_eq!(cpu_name(N1.midr), Some("neoverse-n1"));
+    }
+
+    #[test]
+    fn ampere_one_is_not_asked_to_set_flags() {
+        let one = Features::new(&IdRegisters {
+            midr: 0xc00f_ac30,
+            ..N1
+        });
+        assert!(!one.hardware_access_flag && !one.hardware_dirty);
     }
 
     #[test]

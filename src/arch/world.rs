@@ -95,12 +95,9 @@ pub fn vtcr(geometry: Stage2Geometry) -> u64 {
         value += VTCR_EL2::VS::Bits16;
     }
     let indirection = if geometry.indirection { VTCR_S2PIE } else { 0 };
-    let dirty_state = if geometry.dirty_state {
-        VTCR_HA | VTCR_HD
-    } else {
-        0
-    };
-    value.value | indirection | dirty_state
+    let access_flag = if geometry.access_flag { VTCR_HA } else { 0 };
+    let dirty_state = if geometry.dirty_state { VTCR_HD } else { 0 };
+    value.value | indirection | access_flag | dirty_state
 }
 
 macro_rules! move_registers {

@@ -494,6 +494,7 @@ mod tests {
             let params = Params::parse(words).unwrap();
             params.trackers(
                 Hardware {
+                    access_flag: true,
                     indirection,
                     dirty_state,
                 },

@@ -122,6 +122,7 @@ impl Stage<'_> {
             splitting: cast.splitting,
             engine: cast.engine,
             tracking: cast.tracking,
+            access_flag: self.host.auto_access_flag(),
             trust_hpfar: self.params.trust_hpfar,
             entry: Ipa::new(abi::IMAGE),
         };

@@ -34,6 +34,9 @@ pub enum Error {
     NoIndirection,
     /// Tracking `dbm` on a machine without hardware dirty state (FEAT_HAFDBS).
     NoDirtyState,
+    /// Access flags are to be set by hardware on a machine that cannot, or by software with tracking `dbm`, which needs hardware
+    /// to.
+    NoAccessFlag,
     /// Tracking `dbm` with another engine than `walk`.
     NotTogether,
     /// The epoch that was closed before is still to be harvested, of this slot.
@@ -75,6 +78,9 @@ impl fmt::Display for Error {
             ),
             Self::NoDirtyState => f.write_str(
                 "tracking dbm needs hardware dirty state (FEAT_HAFDBS), which a CPU lacks",
+            ),
+            Self::NoAccessFlag => f.write_str(
+                "access flags set by hardware need FEAT_HAFDBS, which a CPU lacks; tracking dbm needs them",
             ),
             Self::NotTogether => f.write_str(
                 "tracking dbm works with engine walk only: the others take permissions that hardware would give back",

@@ -7,6 +7,7 @@
 //! register.
 #![doc = include_str!("protocol.md")]
 
+pub mod aging;
 pub mod bbm;
 pub mod bitmap;
 pub mod collapse;
@@ -17,6 +18,7 @@ pub mod error;
 pub mod fault;
 pub mod geometry;
 mod guest_memory;
+pub mod heat;
 mod lazy;
 pub mod lock;
 pub mod logging;
@@ -40,6 +42,7 @@ mod walk;
 #[cfg(all(test, not(loom)))]
 mod tests;
 
+pub use aging::{AccessFlag, Aged, Found, Precision, Sighting};
 pub use collapse::Collapse;
 pub use descriptor::{Format, Memory, Permissions};
 pub use eager::Split;

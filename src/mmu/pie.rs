@@ -110,7 +110,7 @@ impl Stage2 {
     }
 
     fn relabel(&self, cpu: CpuId, id: SlotId, span: Range<Ipa>, epoch: Epoch) {
-        self.visit_slots(cpu, id, span, |found, _, level, view| {
+        self.visit_slots(cpu, id, span, |found, _, level, view, _| {
             relabel_slot(found, level, view.rights, epoch)
         });
     }

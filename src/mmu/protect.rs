@@ -17,7 +17,7 @@ use crate::mmu::stage2::Stage2;
 use crate::mmu::table::Slot;
 use crate::mmu::tlb::Debt;
 use crate::mmu::walk::table_of;
-use crate::sync::quiescence::CpuId;
+use crate::sync::quiescence::{Active, CpuId};
 
 /// The slot was busy: nothing was done, look again later.
 #[derive(Debug)]
@@ -94,11 +94,15 @@ fn relax_slot(slot: &Slot, level: Level, rights: Rights) -> Result<Looked, Busy>
     }
 }
 
-/// What is done with each place that decides about a range of a memory slot, given its address, its level, and the memory
-/// slot as published.
-pub(crate) trait Visit: FnMut(&Slot, Ipa, Level, &SlotView) -> Result<Looked, Busy> {}
+/// What is done with each place that decides about a range of a memory slot, given its address, its level, the memory
+/// slot as published, and the section it is done in.
+pub(crate) trait Visit:
+    FnMut(&Slot, Ipa, Level, &SlotView, &Active<'_>) -> Result<Looked, Busy>
+{
+}
 
-impl<T> Visit for T where T: FnMut(&Slot, Ipa, Level, &SlotView) -> Result<Looked, Busy> {}
+impl<T> Visit for T where T: FnMut(&Slot, Ipa, Level, &SlotView, &Active<'_>) -> Result<Looked, Busy>
+{}
 
 /// Records the pages of `slot` that the leaf of `level` at `ipa` translates.
 pub(crate) fn record_pages(
@@ -140,7 +144,7 @@ impl Stage2 {
         debt: &mut Debt<'_>,
     ) {
         let marks = self.tracking() == Tracking::Dbm;
-        self.visit_slots(cpu, id, span, |found, ipa, level, view| {
+        self.visit_slots(cpu, id, span, |found, ipa, level, view, _| {
             let looked = protect_slot(found, ipa, level, view.rights, debt)?;
             if marks && looked == Looked::Written {
                 record_pages(written, slot, ipa, level, cpu);
@@ -155,7 +159,7 @@ impl Stage2 {
             return;
         }
         let span = slot.config.ipa..slot.end();
-        self.visit_slots(cpu, id, span, |found, ipa, level, view| {
+        self.visit_slots(cpu, id, span, |found, ipa, level, view, _| {
             let leaf = found.load();
             if leaf.is_table(level) {
                 return Ok(Looked::Deeper);
@@ -171,7 +175,7 @@ impl Stage2 {
     /// publishes that, waits for a grace period, and protects afterwards.
     pub(crate) fn relax_all(&self, cpu: CpuId, id: SlotId, slot: &MemorySlot) {
         let span = slot.config.ipa..slot.end();
-        self.visit_slots(cpu, id, span, |found, _, level, view| {
+        self.visit_slots(cpu, id, span, |found, _, level, view, _| {
             if view.log.is_none() && view.slot.config.writable {
                 relax_slot(found, level, view.rights)
             } else {
@@ -222,7 +226,8 @@ impl Stage2 {
         };
         let next = Ipa::new(ipa.align_down(at.level.span_bytes()).raw() + at.level.span_bytes());
         if !at.found.is_table(at.level) {
-            let looked = visit(at.slot, ipa, at.level, view).map_err(|busy| (ipa, busy))?;
+            let looked =
+                visit(at.slot, ipa, at.level, view, &active).map_err(|busy| (ipa, busy))?;
             return Ok(match looked {
                 Looked::Done | Looked::Written => next,
                 Looked::Deeper => ipa,
@@ -237,7 +242,8 @@ impl Stage2 {
             if page >= end {
                 break;
             }
-            let looked = visit(slot, page, Level::L3, view).map_err(|busy| (page, busy))?;
+            let looked =
+                visit(slot, page, Level::L3, view, &active).map_err(|busy| (page, busy))?;
             if looked == Looked::Stop {
                 return Ok(end);
             }

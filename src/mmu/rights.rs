@@ -82,6 +82,12 @@ impl Rights {
         leaf.bits() & (VALID | self.mask) == VALID | self.write
     }
 
+    /// Whether hardware has marked the leaf `leaf` as written.
+    #[inline]
+    pub const fn is_marked(self, leaf: Descriptor) -> bool {
+        self.write & DBM != 0 && self.permits(leaf) && self.mask & WRITE != 0
+    }
+
     /// Whether `leaf`, of `level`, is as [`Rights::revoke`] leaves it. One that merely does not permit stores now need not be:
     /// it may carry another epoch's index.
     #[inline]

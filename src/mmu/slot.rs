@@ -19,6 +19,11 @@ use crate::mmu::walk::Tree;
 pub struct SlotId(pub(crate) Tag);
 
 impl SlotId {
+    /// Every slot that a VM can have.
+    pub(crate) fn all() -> impl Iterator<Item = Self> {
+        (0..TAGS).filter_map(Tag::new).map(Self)
+    }
+
     /// Position among the VM's slots.
     pub const fn index(self) -> usize {
         self.0.index()

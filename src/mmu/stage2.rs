@@ -10,6 +10,7 @@ use crate::addr::{PAGE_BYTES, Pa};
 use crate::arch;
 use crate::arch::atomic::{AtomicU64, Ordering};
 use crate::mem::TableFrames;
+use crate::mmu::aging::AccessFlag;
 use crate::mmu::bitmap::Bitmap;
 use crate::mmu::descriptor::{Descriptor, Format, Permissions, TAGS, Tag};
 use crate::mmu::epoch::{Engine, Epoch, Tracking};
@@ -56,6 +57,8 @@ pub struct Services {
 pub struct Hardware {
     /// FEAT_S2PIE.
     pub indirection: bool,
+    /// FEAT_HAFDBS, access flag.
+    pub access_flag: bool,
     /// FEAT_HAFDBS, dirty state.
     pub dirty_state: bool,
 }
@@ -73,6 +76,8 @@ pub struct Config {
     pub engine: Engine,
     /// How a write becomes known.
     pub tracking: Tracking,
+    /// Who sets access flags.
+    pub access_flag: AccessFlag,
 }
 
 impl Config {
@@ -80,13 +85,20 @@ impl Config {
     ///
     /// # Errors
     ///
-    /// [`Error::NoIndirection`], [`Error::NoDirtyState`], [`Error::NotTogether`], and those of [`Splitting::check`].
+    /// [`Error::NoIndirection`], [`Error::NoDirtyState`], [`Error::NotTogether`], [`Error::NoAccessFlag`], and those of
+    /// [`Splitting::check`].
     pub fn check(&self, hardware: Hardware) -> Result<(), Error> {
         self.splitting.check()?;
         match (self.engine, self.tracking) {
             (Engine::Pie, _) if !hardware.indirection => Err(Error::NoIndirection),
             (_, Tracking::Dbm) if !hardware.dirty_state => Err(Error::NoDirtyState),
             (Engine::Lazy | Engine::Swap | Engine::Pie, Tracking::Dbm) => Err(Error::NotTogether),
+            _ if self.access_flag == AccessFlag::Hardware && !hardware.access_flag => {
+                Err(Error::NoAccessFlag)
+            }
+            (_, Tracking::Dbm) if self.access_flag == AccessFlag::Software => {
+                Err(Error::NoAccessFlag)
+            }
             _ => Ok(()),
         }
     }

@@ -22,6 +22,9 @@
 //! - What changes which memory is translated, or which is logged, makes the spare unready: it is gone through again before
 //!   it is used. Splits and collapses change neither.
 //!
+//! An access flag that was set in the old tree stays there until it is copied or a pass of `aging` takes it: a flag in
+//! either tree says that memory was accessed.
+//!
 //! Operations of controllers wait for each other in a VM with this engine ([`Stage2::begin_operation`]): there is one live tree
 //! and one VMID while any of them runs (rule 16). Faults wait for nobody.
 
@@ -83,6 +86,55 @@ struct Copy<'a> {
     spare: Root,
     tables: Spares<'a>,
     done: Prepared,
+}
+
+impl Spare {
+    /// The root, where there is one.
+    pub(crate) fn root(&self) -> Option<Root> {
+        self.root
+    }
+}
+
+/// Whether the tree at `root`, which no CPU runs under, says that what the leaf of `level` at `ipa` translates was accessed;
+/// its flags are taken if `take`. A flag that stands for more than that leaf is taken with the last of what it stands for.
+pub(crate) fn was_accessed(
+    root: Root,
+    ipa: Ipa,
+    level: Level,
+    take: bool,
+    active: &Active<'_>,
+) -> bool {
+    let Some(at) = root.walk_to(ipa, level, active) else {
+        return false;
+    };
+    if at.found.is_table(at.level) {
+        return at
+            .level
+            .deeper()
+            .is_some_and(|level| any_accessed(table_of(at.found, active), level, take, active));
+    }
+    let young = at.found.is_leaf(at.level) && at.found.is_young();
+    let end = |level: Level| ipa.align_down(level.span_bytes()).raw() + level.span_bytes();
+    if young && take && end(level) == end(at.level) {
+        at.slot.edit(at.found.old());
+    }
+    young
+}
+
+fn any_accessed(table: &Table, level: Level, take: bool, active: &Active<'_>) -> bool {
+    let mut any = false;
+    for slot in table {
+        let found = slot.load();
+        if let Some(deeper) = level.deeper().filter(|_| found.is_table(level)) {
+            any |= any_accessed(table_of(found, active), deeper, take, active);
+        } else if found.is_leaf(level) && found.is_young() {
+            any = true;
+            if take {
+                slot.edit(found.old());
+            }
+        }
+    }
+    any
 }
 
 impl Stage2 {
@@ -307,7 +359,7 @@ impl Copy<'_> {
                 let first = live.found.of_level(Level::L3);
                 for (page, to) in (0..).zip(table_of(old, active)) {
                     let page = first.further(page * Level::L3.span_bytes());
-                    self.write(to, copied(context, page, Level::L3));
+                    self.write(to, copied(context, page, Level::L3), false);
                 }
                 self.done.hot += 1;
                 return Ok(next);
@@ -333,8 +385,9 @@ impl Copy<'_> {
             self.link(spare, &new);
         }
         let into = table_of(spare.load(), active);
+        let young = old.is_leaf(live.level) && old.is_young();
         for (from, to) in table.iter().zip(into) {
-            self.write(to, copied(context, from.load(), Level::L3));
+            self.write(to, copied(context, from.load(), Level::L3), young);
         }
         self.done.hot += 1;
         Ok(next)
@@ -375,7 +428,8 @@ impl Copy<'_> {
     }
 
     fn link(&mut self, slot: &Slot, table: &SpareTable) {
-        self.write(slot, table.descriptor());
+        slot.edit(table.descriptor());
+        self.done.descriptors += 1;
         self.done.tables += 1;
         percpu::count(Event::TablesPrepared);
     }
@@ -383,17 +437,36 @@ impl Copy<'_> {
     /// Puts what is no table into `slot`, of `level`; a table that was there is given back.
     fn put(&mut self, slot: &Slot, level: Level, new: Descriptor, active: &Active<'_>) {
         let old = slot.load();
-        self.write(slot, new);
-        if let Some(deeper) = level.deeper().filter(|_| old.is_table(level)) {
-            self.tables.reclaim_linked(old.address(), deeper, active);
-        }
+        let Some(deeper) = level.deeper().filter(|_| old.is_table(level)) else {
+            return self.write(slot, new, false);
+        };
+        let young = any_accessed(table_of(old, active), deeper, false, active);
+        slot.edit(if young { accessed(new) } else { new });
+        self.done.descriptors += 1;
+        self.tables.reclaim_linked(old.address(), deeper, active);
     }
 
-    fn write(&mut self, slot: &Slot, new: Descriptor) {
-        if slot.load() != new {
+    /// Puts the leaf or hole `new` where a leaf or hole is; it is young if that was, or if `young`.
+    fn write(&mut self, slot: &Slot, new: Descriptor, young: bool) {
+        let old = slot.load();
+        let new = if young || old.is_young() {
+            accessed(new)
+        } else {
+            new
+        };
+        if old != new {
             slot.edit(new);
             self.done.descriptors += 1;
         }
+    }
+}
+
+/// The leaf or hole `new`, young if it is a leaf.
+fn accessed(new: Descriptor) -> Descriptor {
+    if new == Descriptor::EMPTY {
+        new
+    } else {
+        new.young()
     }
 }
 
@@ -437,5 +510,6 @@ fn block_of(stage2: &Stage2, context: &Context, base: Ipa, table: &Table) -> Opt
     };
     table.iter().enumerate().all(same).then_some(())?;
     let block = view.rights.revoke(expected.of_level(Level::L2), Level::L2);
-    Some(block)
+    let young = table.iter().any(|slot| slot.load().is_young());
+    Some(if young { block } else { block.old() })
 }

@@ -9,9 +9,9 @@ use std::vec::Vec;
 use crate::addr::{Ipa, Pa, Va, to_index};
 use crate::mem::TableFrames;
 use crate::mmu::{
-    Access, Config, Contents, Engine, Error, Extent, Fault, FaultKind, Format, Hardware, Level,
-    Locking, Memory, PageSet, Permissions, Resolution, Services, Shape, SlotConfig, SlotId,
-    Splitting, Stage2, TlbFeatures, Tracking, VmidAllocator,
+    Access, AccessFlag, Config, Contents, Engine, Error, Extent, Fault, FaultKind, Format,
+    Hardware, Level, Locking, Memory, PageSet, Permissions, Resolution, Services, Shape,
+    SlotConfig, SlotId, Splitting, Stage2, TlbFeatures, Tracking, VmidAllocator,
 };
 use crate::sync::quiescence::{CpuId, Domain};
 
@@ -64,6 +64,7 @@ fn stage2_with(locking: Locking, engine: Engine) -> Stage2 {
         splitting: Splitting::default(),
         engine,
         tracking: Tracking::Fault,
+        access_flag: AccessFlag::Software,
     };
     let stage2 = Stage2::new(config, Arc::new(services)).unwrap();
     stage2.load(CPU);

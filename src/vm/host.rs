@@ -7,7 +7,7 @@ use spin::Once;
 use crate::arch::features::Features;
 use crate::dev::gic::{Gic, KICK};
 use crate::dev::machine::{Machine, QEMU_VIRT};
-use crate::mmu::{Bbm, Engine, Services};
+use crate::mmu::{AccessFlag, Bbm, Engine, Services};
 use crate::sync::percpu;
 use crate::trace::Event;
 use crate::trace::ring::Mark;
@@ -67,6 +67,15 @@ impl Host {
             Engine::Pie
         } else {
             Engine::Swap
+        }
+    }
+
+    /// Who sets access flags on this machine if nobody says otherwise.
+    pub fn auto_access_flag(&self) -> AccessFlag {
+        if self.features.hardware_access_flag {
+            AccessFlag::Hardware
+        } else {
+            AccessFlag::Software
         }
     }
 

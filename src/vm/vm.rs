@@ -17,8 +17,8 @@ use crate::arch::context::Stage2Geometry;
 use crate::dev::gic::Gic;
 use crate::dev::machine;
 use crate::mmu::{
-    self, Config, Contents, Engine, Extent, Level, Locking, Memory, Shape, SlotConfig, SlotId,
-    Splitting, Stage2, Tracking,
+    self, AccessFlag, Config, Contents, Engine, Extent, Level, Locking, Memory, Shape, SlotConfig,
+    SlotId, Splitting, Stage2, Tracking,
 };
 use crate::sync::percpu;
 use crate::sync::quiescence::CpuId;
@@ -61,6 +61,8 @@ pub struct VmConfig {
     pub engine: Engine,
     /// How a write becomes known.
     pub tracking: Tracking,
+    /// Who sets access flags.
+    pub access_flag: AccessFlag,
     /// Takes HPFAR_EL2 for true on permission faults, which the architecture does not promise; to measure its absence.
     pub trust_hpfar: bool,
     /// Where vCPU 0 begins, with its MMU off and [`RAM`] in x0.
@@ -188,6 +190,7 @@ impl Vm {
             pa_range: pa_range(host.features.pa_bits),
             wide_vmid: host.features.vmid_bits == 16,
             indirection: config.engine == Engine::Pie,
+            access_flag: config.access_flag == AccessFlag::Hardware,
             dirty_state: config.tracking == Tracking::Dbm,
         };
         let counter = arch::counter();
@@ -199,6 +202,7 @@ impl Vm {
                     splitting: config.splitting,
                     engine: config.engine,
                     tracking: config.tracking,
+                    access_flag: config.access_flag,
                 },
                 host.services.clone(),
             )?,

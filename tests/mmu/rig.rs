@@ -14,9 +14,9 @@ use vellum::arch::fake::{self, Machine, Outcome};
 use vellum::mem::TableFrames;
 use vellum::mmu::descriptor::Leaf;
 use vellum::mmu::{
-    Access, Collapse, Config, Engine, Fault, FaultKind, Format, Hardware, Level, Locking, PageSet,
-    Permissions, Resolution, Services, Shape, Split, Splitting, Stage2, TlbFeatures, Tracking,
-    VmidAllocator,
+    Access, AccessFlag, Collapse, Config, Engine, Fault, FaultKind, Format, Hardware, Level,
+    Locking, PageSet, Permissions, Resolution, Services, Shape, Split, Splitting, Stage2,
+    TlbFeatures, Tracking, VmidAllocator,
 };
 use vellum::sync::percpu;
 use vellum::sync::quiescence::{CpuId, Domain};
@@ -152,6 +152,7 @@ impl Rig {
             },
             hardware: Hardware {
                 indirection: features.indirection,
+                access_flag: features.dirty_state,
                 dirty_state: features.dirty_state,
             },
             idle_vttbr: 0,
@@ -176,6 +177,10 @@ impl Rig {
             splitting: self.plan.splitting,
             engine: self.plan.engine,
             tracking: self.plan.tracking,
+            access_flag: match self.plan.tracking {
+                Tracking::Fault => AccessFlag::Software,
+                Tracking::Dbm => AccessFlag::Hardware,
+            },
         };
         let stage2 = Stage2::new(config, Arc::clone(&self.services)).expect("frames for a root");
         Rc::new(Vm {

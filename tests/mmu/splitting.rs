@@ -310,6 +310,7 @@ fn bad_splitting_is_refused_when_the_vm_is_made() {
             splitting,
             engine: vellum::mmu::Engine::Walk,
             tracking: vellum::mmu::Tracking::Fault,
+            access_flag: vellum::mmu::AccessFlag::Software,
         };
         let made = Stage2::new(config, rig.services.clone());
         assert_eq!(made.err(), Some(expected));

@@ -20,9 +20,9 @@ use std::time::{Duration, Instant};
 use vellum::addr::{Ipa, PAGE_BYTES, Pa, Va};
 use vellum::arch::fake::{self, Event, Random};
 use vellum::mmu::{
-    Access, Bbm, Config, Contents, Engine, Extent, Fault, FaultKind, Format, Hardware, Level,
-    Locking, Memory, PageSet, Permissions, Policy, Resolution, Services, Shape, SlotConfig, SlotId,
-    Splitting, Stage2, TlbFeatures, Tracking, VmidAllocator,
+    Access, AccessFlag, Bbm, Config, Contents, Engine, Extent, Fault, FaultKind, Format, Hardware,
+    Level, Locking, Memory, PageSet, Permissions, Policy, Resolution, Services, Shape, SlotConfig,
+    SlotId, Splitting, Stage2, TlbFeatures, Tracking, VmidAllocator,
 };
 use vellum::sync::quiescence::{CpuId, Domain};
 
@@ -96,6 +96,7 @@ impl World {
             splitting,
             engine: Engine::Walk,
             tracking: Tracking::Fault,
+            access_flag: AccessFlag::Software,
         };
         let stage2 = Stage2::new(config, Arc::new(services)).expect("frames for a root");
         // SAFETY: The layout is not empty.
