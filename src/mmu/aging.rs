@@ -101,6 +101,17 @@ pub struct Aged {
 }
 
 impl Stage2 {
+    /// Pages of the slot `id`.
+    ///
+    /// Rounding: none. Races: removal of the slot. TLB: nothing owed. Cost: the configuration lock.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoSlot`].
+    pub fn slot_pages(&self, id: SlotId) -> Result<u64, Error> {
+        Ok(self.admin.lock().slot(id)?.slot.pages)
+    }
+
     /// Tells `visit` which pages of `[from, to)` of the slot were accessed since their flag was last taken, and takes nothing.
     /// `visit` is called in a section, in ascending order; it neither allocates nor waits.
     ///

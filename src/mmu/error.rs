@@ -37,6 +37,10 @@ pub enum Error {
     /// Access flags are to be set by hardware on a machine that cannot, or by software with tracking `dbm`, which needs hardware
     /// to.
     NoAccessFlag,
+    /// A period of a scan that is none, or longer than an hour.
+    BadPeriod(u64),
+    /// A share of a CPU that is not 1 to 100 percent.
+    BadBudget(u64),
     /// Tracking `dbm` with another engine than `walk`.
     NotTogether,
     /// The epoch that was closed before is still to be harvested, of this slot.
@@ -82,6 +86,12 @@ impl fmt::Display for Error {
             Self::NoAccessFlag => f.write_str(
                 "access flags set by hardware need FEAT_HAFDBS, which a CPU lacks; tracking dbm needs them",
             ),
+            Self::BadPeriod(ticks) => {
+                write!(f, "a period of {ticks} ticks is not one of up to an hour")
+            }
+            Self::BadBudget(percent) => {
+                write!(f, "a budget of {percent} % is not one of 1 to 100 %")
+            }
             Self::NotTogether => f.write_str(
                 "tracking dbm works with engine walk only: the others take permissions that hardware would give back",
             ),
