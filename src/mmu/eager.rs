@@ -343,11 +343,12 @@ fn build(
     spares: &mut Spares<'_>,
     active: &Active<'_>,
 ) -> Option<SpareTable> {
-    let level = level.deeper()?;
+    let above = level;
+    let level = above.deeper()?;
     let table = spares.take()?;
     let first = match context.tagged(block.tag()) {
-        Some(view) if !view.rights.permits(block) => view.rights.revoke(block, level),
-        _ => block,
+        Some(view) => view.rights.inherit(block, above, level),
+        None => block,
     };
     let first = first.of_level(level);
     let leaf = |index| first.further(index as u64 * level.span_bytes());

@@ -107,6 +107,18 @@ impl Rights {
         Descriptor::from_bits(leaf.bits() & !self.mask | self.read_only(level))
     }
 
+    /// What a leaf of `deeper` says that replaces a part of the block `block`, of `level`: the same. A block that is not as
+    /// [`Rights::revoke`] leaves it keeps its bits: it may be cached as writable whatever it permits now, and a leaf that looks
+    /// revoked is believed to owe nothing.
+    #[inline]
+    pub const fn inherit(self, block: Descriptor, level: Level, deeper: Level) -> Descriptor {
+        if self.is_revoked(block, level) {
+            self.revoke(block, deeper)
+        } else {
+            block
+        }
+    }
+
     /// `leaf`, of `level`, with stores permitted or not.
     pub const fn set(self, leaf: Descriptor, level: Level, write: bool) -> Descriptor {
         if write {

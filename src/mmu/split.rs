@@ -50,7 +50,10 @@ impl Stage2 {
         };
         let written = (level == Level::L3).then(|| level.index_of(ipa));
         let empty = self.splitting.policy == Policy::FaultEmpty;
-        let first = view.rights.revoke(at.found, level).of_level(level);
+        let first = view
+            .rights
+            .inherit(at.found, at.level, level)
+            .of_level(level);
         table.fill(active, |index| {
             let leaf = first.further(index as u64 * level.span_bytes());
             match (written == Some(index), empty) {

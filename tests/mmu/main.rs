@@ -1,6 +1,6 @@
 //! Host tests of the shipped MMU on the fake machine: `protocol` entry point by entry point, `splitting`, `policies` and
 //! `collapsing` changes of size, `random` programs of many steps against a flat model, `threads` on real
-//! threads.
+//! threads, `unprotected` logs that begin with everything set.
 #![cfg(not(loom))]
 
 mod closing;
@@ -14,3 +14,4 @@ mod random;
 mod rig;
 mod splitting;
 mod threads;
+mod unprotected;
