@@ -18,10 +18,10 @@ use crate::vm::Command;
 use super::Refusal;
 use super::clock::{Counts, Moment, timed};
 use super::cycle::{self, Call, Oddities, count};
-use super::params::Timing;
+use super::params::{Timing, stride_name};
 use super::report::{Row, progress};
 use super::scene::{Cast, Comparison, Scene, Stage};
-use super::verify::logged;
+use super::verify::{logged, logged_sparsely};
 
 /// Calls under running vCPUs.
 const ROUNDS: u64 = 32;
@@ -56,6 +56,8 @@ struct Turn {
 /// A scene whose epochs end while its vCPUs sleep.
 struct Stopped {
     scene: Scene,
+    /// From one page that is touched to the next.
+    stride: u64,
     sums: Comparison,
     oddities: Oddities,
 }
@@ -113,7 +115,8 @@ fn casts(stage: &Stage<'_>) -> Vec<Cast> {
                         engine,
                         tracking,
                         splitting: stage.splitting(cast.splitting.policy, bbm),
-                        region_bytes: ((mib << 20) / vcpus as u64).next_multiple_of(BLOCK),
+                        region_bytes:
+                            ((mib << 20) / vcpus as u64).next_multiple_of(params.stride.max(BLOCK)),
                         ..cast
                     }));
                 }
@@ -125,7 +128,8 @@ fn casts(stage: &Stage<'_>) -> Vec<Cast> {
 
 fn stopped(stage: &Stage<'_>, cast: Cast) -> Result<bool, Refusal> {
     let mut it = Stopped {
-        scene: logged(stage, cast, false)?,
+        scene: logged_sparsely(stage, cast, false, stage.params.stride)?,
+        stride: stage.params.stride,
         sums: Comparison::default(),
         oddities: Oddities::default(),
     };
@@ -158,6 +162,7 @@ fn stopped(stage: &Stage<'_>, cast: Cast) -> Result<bool, Refusal> {
         scene,
         sums,
         oddities,
+        ..
     } = it;
     scene.close();
     oddities
@@ -198,11 +203,11 @@ impl Stopped {
     }
 
     fn pass(&self, pass: Pass) -> Result<Passed, Refusal> {
-        let pages = self.scene.cast.region_bytes / PAGE_BYTES;
+        let steps = self.scene.cast.region_bytes / self.stride;
         let (steps, stride, percent) = match pass {
-            Pass::Read => (pages, PAGE_BYTES, 0),
-            Pass::Write => (pages, PAGE_BYTES, 100),
-            Pass::WriteFew => ((pages / 100).max(1), 100 * PAGE_BYTES, 100),
+            Pass::Read => (steps, self.stride, 0),
+            Pass::Write => (steps, self.stride, 100),
+            Pass::WriteFew => ((steps / 100).max(1), 100 * self.stride, 100),
         };
         let before = Counts::now();
         let (done, ns) = timed(|| {
@@ -321,5 +326,6 @@ fn root_entries(scene: &Scene) -> u64 {
 
 fn row(stage: &Stage<'_>, case: &str, scene: &Scene) -> Row {
     cycle::row(stage, "protect", case, scene)
+        .word("stride", stride_name(stage.params.stride))
         .param("mapped_mib", (scene.pages() * PAGE_BYTES) >> 20)
 }

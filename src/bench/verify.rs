@@ -67,11 +67,21 @@ fn row(stage: &Stage<'_>, case: &str, cast: Cast, all_set: bool) -> Row {
 
 /// A scene whose memory is populated and logged.
 pub(super) fn logged(stage: &Stage<'_>, cast: Cast, all_set: bool) -> Result<Scene, Refusal> {
+    logged_sparsely(stage, cast, all_set, PAGE_BYTES)
+}
+
+/// As [`logged`]; of its region every vCPU has written a page each `stride` bytes.
+pub(super) fn logged_sparsely(
+    stage: &Stage<'_>,
+    cast: Cast,
+    all_set: bool,
+    stride: u64,
+) -> Result<Scene, Refusal> {
     let scene = stage.open(cast)?;
-    let pages = cast.region_bytes / PAGE_BYTES;
+    let steps = cast.region_bytes / stride;
     scene.perform(|vcpu| Command {
         op: op::PASS,
-        args: [scene.region(vcpu), pages, PAGE_BYTES, 100, 7],
+        args: [scene.region(vcpu), steps, stride, 100, 7],
     })?;
     let enabled = scene.stage2().enable_logging(cpu(), scene.data, all_set);
     enabled.map_err(|error| format!("dirty logging: {error}"))?;

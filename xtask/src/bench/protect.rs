@@ -20,6 +20,10 @@ const NO_DIRTY_STATE: [&str; 1] = ["cortex-a72"];
 /// CPU models with FEAT_BBM level 2.
 const LEVEL_2: [&str; 3] = ["max", "neoverse-v1", "neoverse-n2"];
 
+/// Distance between the pages that are touched where root entries are what is compared, and the sizes there.
+const SPARSE: &str = "1g";
+const SPARSE_MIB: [u64; 2] = [1024, 16_384];
+
 /// Heading, key.
 type Column = (&'static str, &'static str);
 
@@ -93,8 +97,26 @@ pub(super) fn jobs(options: &Options, board: &Board) -> Result<Vec<Job>> {
         for backing in &backings {
             jobs.push(job(options, board, timing, backing)?);
         }
+        if timing == Timing::Insn && options.mib.is_empty() {
+            jobs.push(many_root_entries(options, board)?);
+        }
     }
     Ok(jobs)
+}
+
+/// One page in each GiB: what a root entry costs, without the memory below it.
+fn many_root_entries(options: &Options, board: &Board) -> Result<Job> {
+    let sparse = Options {
+        mib: SPARSE_MIB.to_vec(),
+        stride: SPARSE.to_owned(),
+        bbm: vec!["auto".to_owned()],
+        ..options.clone()
+    };
+    let job = job(&sparse, board, Timing::Insn, "2m")?;
+    Ok(Job {
+        title: format!("{}, a page in each GiB", job.title),
+        ..job
+    })
 }
 
 fn job(options: &Options, board: &Board, timing: Timing, backing: &str) -> Result<Job> {
@@ -182,7 +204,9 @@ pub(super) fn report(rows: &[Row]) -> String {
             let wanted = |row: &&Row| row.timing == timing.name() && row.case == case;
             sorted(rows.iter().filter(wanted))
         };
-        let stopped = of("stopped");
+        let (sparse, stopped): (Vec<Row>, Vec<Row>) = of("stopped")
+            .into_iter()
+            .partition(|row| row.param("stride") == SPARSE);
         let Some(first) = stopped.first() else {
             continue;
         };
@@ -223,7 +247,10 @@ pub(super) fn report(rows: &[Row]) -> String {
             );
         }
         if timing == Timing::Insn {
-            text += &format!("\nhow the call grows with memory\n{}", growth(&stopped));
+            text += &format!(
+                "\nhow the call grows with memory\n{}",
+                growth(&[stopped, sparse].concat())
+            );
         }
     }
     text
@@ -343,11 +370,12 @@ fn work(rows: &[Row], timing: Timing) -> String {
     table.left(&LEFT).to_string()
 }
 
-/// The call of the most memory against that of the least, and what a root entry and a page cost.
+/// The call of the most memory against that of the least, and what each further root entry costs.
 fn growth(rows: &[Row]) -> String {
     let mut table = Table::new(&[
         "CPU",
         "leaves",
+        "a page each",
         "engine",
         "bbm",
         "MiB",
@@ -355,53 +383,45 @@ fn growth(rows: &[Row]) -> String {
         "MiB",
         "call",
         "ratio",
-        "a page",
-        "a root entry",
+        "a root entry more",
     ]);
     let key = |row: &Row| {
-        (
-            cpu(row),
-            row.param("backing"),
-            engine(row),
-            row.param("bbm"),
-        )
+        let words = ["backing", "stride"].map(|key| row.param(key));
+        let [backing, stride] = words;
+        vec![cpu(row), backing, stride, engine(row), row.param("bbm")]
     };
     for wanted in distinct(rows, key) {
         let of: Vec<&Row> = rows.iter().filter(|row| key(row) == wanted).collect();
         let (Some(least), Some(most)) = (of.first(), of.last()) else {
             continue;
         };
-        let more = |key: &str| Some(most.value(key)? - least.value(key)?).filter(|&it| it > 0.0);
-        let mib = |row: &Row| row.param("mapped_mib").parse::<f64>().ok();
-        let pages = mib(most)
-            .zip(mib(least))
-            .map(|(most, least)| (most - least) * 256.0);
-        let grown = more("call_ns").or(Some(0.0));
-        let each = |count: Option<f64>| Some(grown? / count.filter(|&it| it > 0.0)?);
-        let ratio = most.value("call_ns").zip(least.value("call_ns"));
-        let ratio = ratio.map(|(most, least)| format!("{:.3}", most / least));
-        table.row(vec![
-            wanted.0.clone(),
-            wanted.1.clone(),
-            wanted.2.clone(),
-            wanted.3.clone(),
-            least.param("mapped_mib"),
-            cell(least.value("call_ns")),
-            most.param("mapped_mib"),
-            cell(most.value("call_ns")),
-            ratio.unwrap_or_else(|| "-".to_owned()),
-            cell(each(pages)),
-            cell(each(more("root_entries"))),
-        ]);
+        let of = |key: &str| least.value(key).zip(most.value(key));
+        let call = of("call_ns");
+        let entry = call
+            .zip(of("root_entries"))
+            .filter(|(_, (least, most))| least < most)
+            .map(|((before, after), (least, most))| (after - before) / (most - least));
+        let mut cells = wanted.clone();
+        for row in [least, most] {
+            cells.extend([row.param("mapped_mib"), cell(row.value("call_ns"))]);
+        }
+        cells.push(call.map_or_else(
+            || "-".to_owned(),
+            |(before, after)| format!("{:.3}", after / before),
+        ));
+        cells.push(cell(entry));
+        table.row(cells);
     }
-    table.left(&[0, 1, 2]).to_string()
+    table.left(&[0, 1, 2, 3]).to_string()
 }
 
 /// The call, and rewriting everything after it, over memory; a line for each engine.
 pub(super) fn charts(rows: &[Row]) -> Vec<Chart> {
     let mut charts = Vec::new();
     for timing in [Timing::Insn, Timing::Wall] {
-        let wanted = |row: &&Row| row.timing == timing.name() && row.case == "stopped";
+        let wanted = |row: &&Row| {
+            row.timing == timing.name() && row.case == "stopped" && row.param("stride") != SPARSE
+        };
         let stopped = sorted(rows.iter().filter(wanted));
         for backing in distinct(&stopped, |row| row.param("backing")) {
             let of: Vec<Row> = stopped
@@ -473,7 +493,9 @@ mod tests {
     #[test]
     fn every_engine_that_the_cpu_has_is_measured_on_pages_and_on_blocks() {
         let all = appends(&["--timing", "insn"]);
-        assert_eq!(all.len(), 2);
+        assert_eq!(all.len(), 3);
+        assert!(all[2].contains("stride=1g") && all[2].ends_with("slot-mib=1024,16384"));
+        let all = &all[..2];
         for words in [
             "engine=walk,lazy,swap,pie",
             "tracking=fault,dbm",

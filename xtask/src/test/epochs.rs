@@ -23,6 +23,8 @@ const MODELS: [(&str, &[&str]); 2] = [
 ];
 /// How much longer the call may take with four times the memory, where it does not depend on it.
 const FLAT: f64 = 1.05;
+/// Instructions by which two calls of engine `lazy` may differ for other reasons.
+const FLAT_LAZY: f64 = 8.0;
 /// Instructions that engine `lazy` may spend on a root entry.
 const ROOT_ENTRY: f64 = 12.0;
 /// How much longer rewriting everything may take after engine `pie` than after `walk`.
@@ -59,6 +61,18 @@ impl Table<'_> {
                 }
             }
         }
+        let entries = "suite=protect timing=insn vcpus=1 slot-mib=1024,16384 stride=1g backing=2m engine=walk,lazy,swap,pie";
+        let name = "a call costs a few instructions for each root entry at most";
+        let mut entries = timed(self.epoch(
+            name.to_owned(),
+            "max",
+            entries.to_owned(),
+            calls_do_not_grow,
+        ));
+        for boot in &mut entries.boots {
+            boot.machine.memory_mib = 18_000;
+        }
+        cases.push(entries);
         let sizes = if self.soak { "256,2048" } else { "64,256" };
         for backing in ["4k", "2m"] {
             let append = format!(
@@ -211,8 +225,10 @@ fn calls_are_as_promised(runs: &[Transcript]) -> Verdict {
                 }
                 "lazy" => {
                     at_most(row, "descriptor_writes_call", entries)?;
-                    // A table for each 2 MiB, which the pages written have made, and one below each root entry.
-                    same(row, "read_faults", 64.0 / 2.0 + entries)
+                    // A table for each 2 MiB, which the pages written have made, and one below each root entry, which
+                    // whoever comes first goes through on the way.
+                    same(row, "read_faults", 64.0 / 2.0)?;
+                    same(row, "read_push_downs", 64.0 / 2.0 + entries)
                 }
                 "swap" => {
                     same(row, "descriptor_writes_call", 0.0)?;
@@ -243,8 +259,14 @@ fn calls_do_not_grow(runs: &[Transcript]) -> Verdict {
         let (least, most) = of(engine)?;
         let (before, after) = (value(least, "call_ns")?, value(most, "call_ns")?);
         let entries = value(most, "root_entries")? - value(least, "root_entries")?;
-        if after > FLAT * before + ROOT_ENTRY * entries {
-            return Err(format!("{engine}: {before} instructions, then {after}"));
+        let allowed = match engine {
+            "lazy" => before + FLAT_LAZY + ROOT_ENTRY * entries,
+            _ => FLAT * before,
+        };
+        if after > allowed {
+            return Err(format!(
+                "{engine}: {before} instructions, then {after} with {entries} root entries more; {allowed} at most"
+            ));
         }
     }
     let (_, walk) = of("walk")?;
@@ -323,13 +345,13 @@ mod tests {
     fn each_engine_has_promises_of_its_own() {
         let of = |engine: &str, writes: u32, broadcast: u32, faults: u32| {
             let values = format!(
-                r#""pages_lost":0,"pages_extra":0,"calls_replaced":0,"calls_late":0,"root_entries":1,"descriptor_writes_call":{writes},"tlbi_broadcast_call":{broadcast},"tlbi_vmid_call":{broadcast},"read_faults":{faults}"#
+                r#""pages_lost":0,"pages_extra":0,"calls_replaced":0,"calls_late":0,"root_entries":1,"descriptor_writes_call":{writes},"tlbi_broadcast_call":{broadcast},"tlbi_vmid_call":{broadcast},"read_faults":{faults},"read_push_downs":33"#
             );
             calls_are_as_promised(&[run(&[("stopped", engine, &values)])])
         };
         for (engine, writes, broadcast, faults) in [
             ("walk", 16_384, 1, 0),
-            ("lazy", 1, 1, 33),
+            ("lazy", 1, 1, 32),
             ("swap", 0, 0, 0),
             ("pie", 0, 1, 0),
         ] {
@@ -339,7 +361,7 @@ mod tests {
                 "{engine}"
             );
         }
-        assert!(of("lazy", 2, 1, 33).is_err());
+        assert!(of("lazy", 2, 1, 32).is_err());
         assert!(of("swap", 1, 0, 0).is_err() && of("swap", 0, 1, 0).is_err());
         assert!(of("pie", 1, 1, 0).is_err() && of("pie", 0, 2, 0).is_err());
     }
@@ -364,10 +386,10 @@ mod tests {
                 ("stopped", "pie", &pie),
             ])])
         };
-        assert_eq!(of(1074, 1050, 1030), Ok(()));
-        assert!(of(1075, 1050, 1030).is_err());
-        assert!(of(1074, 1075, 1030).is_err());
-        assert!(of(1074, 1050, 1031).is_err());
+        assert_eq!(of(1032, 1050, 1030), Ok(()));
+        assert!(of(1033, 1050, 1030).is_err());
+        assert!(of(1032, 1051, 1030).is_err());
+        assert!(of(1032, 1050, 1031).is_err());
     }
 
     #[test]
