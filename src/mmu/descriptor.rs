@@ -282,6 +282,18 @@ impl Descriptor {
         Self(self.0 & ADDRESS | DEFERRED)
     }
 
+    /// The deferred form of this, found above level 3, if it is a table descriptor: [`Descriptor::deferred`] in the fewest
+    /// instructions, as a table descriptor is its address and two bits.
+    #[inline]
+    pub(crate) const fn deferred_table(self) -> Option<Self> {
+        let bits = self.0 ^ (VALID | TABLE_OR_PAGE | DEFERRED);
+        if bits & (VALID | TABLE_OR_PAGE) == 0 {
+            Some(Self(bits))
+        } else {
+            None
+        }
+    }
+
     /// Whether this is the deferred form of a table descriptor.
     #[inline]
     pub const fn is_deferred(self) -> bool {
@@ -495,6 +507,8 @@ mod tests {
                 assert_eq!(descriptor.view(level, format), View::Table(table));
                 let deferred = descriptor.deferred();
                 assert_eq!(deferred.view(level, format), View::Deferred(table));
+                assert_eq!(descriptor.deferred_table(), Some(deferred));
+                assert_eq!(deferred.deferred_table(), None);
                 assert_eq!(Descriptor::table(deferred.address()), descriptor);
                 assert!(deferred.is_deferred() && !deferred.is_held());
             }
@@ -509,6 +523,8 @@ mod tests {
             assert_eq!(Descriptor::BUSY.view(level, format), View::Busy);
             assert!(!Descriptor::BUSY.is_leaf(level) && !Descriptor::BUSY.is_writable());
             assert!(!Descriptor::BUSY.is_deferred() && !Descriptor::EMPTY.is_deferred());
+            assert_eq!(Descriptor::BUSY.deferred_table(), None);
+            assert_eq!(Descriptor::EMPTY.deferred_table(), None);
         }
     }
 

@@ -50,6 +50,21 @@ impl Slot {
         }
     }
 
+    /// Replaces a table descriptor by its deferred form. False: the slot, which is not one of level 3, held none. The caller
+    /// counts.
+    #[inline]
+    pub(crate) fn defer(&self) -> bool {
+        let found = self.load();
+        let Some(deferred) = found.deferred_table() else {
+            return false;
+        };
+        let done = arch::cas(&self.0, found.bits(), deferred.bits()).is_ok();
+        if done {
+            arch::note_descriptor(self.pa(), found.bits(), deferred.bits());
+        }
+        done
+    }
+
     /// Stores `new` over the busy marker that the caller itself put here: nobody else changes a busy slot (release).
     pub(crate) fn replace_busy(&self, new: Descriptor) {
         debug_assert_eq!(self.load(), Descriptor::BUSY);
