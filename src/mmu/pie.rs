@@ -34,7 +34,7 @@ impl Stage2 {
     /// The call.
     pub(crate) fn next_by_pie(&self, cpu: CpuId, admin: &mut Admin) -> Closed {
         let epoch = self.flip(admin);
-        let (kicked, wait_ticks) = self.publish_registers(admin);
+        let (kicked, wait_ticks) = self.publish_registers(cpu, admin);
         let unprotected = admin.logged().any(|(_, _, log)| log.unprotected);
         if unprotected {
             // Paid with what follows.
@@ -69,16 +69,23 @@ impl Stage2 {
 
     /// Publishes what `admin` says as a new generation of registers, and waits until every CPU has loaded it and nobody uses
     /// what was published before. Returns the CPUs kicked, and ticks from the first kick to the last acknowledgement.
-    pub(crate) fn publish_registers(&self, admin: &mut Admin) -> (u64, u64) {
+    pub(crate) fn publish_registers(&self, cpu: CpuId, admin: &mut Admin) -> (u64, u64) {
         admin.generation += 1;
         let before = self.context.replace(admin.snapshot());
         self.acks.announce(admin.generation);
+        self.obey_here(cpu);
         let begun = arch::counter();
         let kick = |cpu| (self.services.kick)(CpuId(cpu));
         let kicked = self.acks.await_all(admin.generation, kick);
         let wait_ticks = arch::counter().wrapping_sub(begun);
         before.free(&self.services.quiescence);
         (kicked, wait_ticks)
+    }
+
+    /// `cpu`, the calling CPU, hears no kick while it waits: if it runs this VM, it loads what is published now.
+    fn obey_here(&self, cpu: CpuId) {
+        let active = self.services.quiescence.enter(cpu);
+        self.catch_up(cpu, self.context.load(&active));
     }
 
     /// Gives the leaves of `pages`, which are one group, that still carry the index of `epoch` the read-only one. Nothing is

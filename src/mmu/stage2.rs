@@ -478,8 +478,8 @@ impl Stage2 {
     }
 
     /// Runs `work`, which invalidates, with the VMID of `tree` in VTTBR_EL2 of `cpu`, the calling CPU; not at all when no
-    /// translation of that tree can be cached. A CPU that is running the VM has it already, if it has caught up; another
-    /// one holds no VM.
+    /// translation of that tree can be cached. A CPU that is running the VM has it already, if it has caught up and `tree` is
+    /// the live one; another CPU holds no VM.
     pub(crate) fn under_vmid(&self, cpu: CpuId, tree: Tree, work: impl FnOnce()) {
         let vmids = &self.services.vmids;
         let cell = self.vmid(tree);
@@ -488,6 +488,11 @@ impl Stage2 {
         };
         if cached != RESERVED && arch::vttbr() == cached.vttbr(tree.root.pa) {
             return work();
+        }
+        if !self.acks.is_away(cpu.0) {
+            // The VM's other tree: this CPU keeps the number that it runs under. A rollover meanwhile gives the one that is
+            // being invalidated to somebody else, who loses entries in vain.
+            return arch::with_vttbr(cached.vttbr(tree.root.pa), work);
         }
         // Loading keeps the number from being given away while it is being invalidated. If a rollover came first,
         // everything under the old number is gone and the new one is right.

@@ -190,7 +190,7 @@ impl Stage2 {
         let epoch = self.flip(admin);
         let retired = core::mem::replace(&mut admin.tree, spare);
         self.set_tree(spare);
-        let (kicked, wait_ticks) = self.publish_registers(admin);
+        let (kicked, wait_ticks) = self.publish_registers(cpu, admin);
         admin.spare = Spare {
             root: Some(retired.root),
             retired: true,
