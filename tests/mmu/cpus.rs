@@ -28,6 +28,8 @@ pub(crate) struct Cpus {
     on: RefCell<Vec<OnCpu>>,
     /// Whoever is kicked waits for [`Cpus::obey`].
     pub(crate) polled: Cell<bool>,
+    /// This CPU does not notice kicks: it works at EL2.
+    pub(crate) deaf: Cell<Option<usize>>,
 }
 
 /// The `kick` of [`vellum::mmu::Services`]: it reaches the CPUs of this thread's rig.
@@ -43,6 +45,7 @@ impl Cpus {
             machine: Rc::clone(machine),
             on: RefCell::new(vec![OnCpu::default(); count]),
             polled: Cell::new(false),
+            deaf: Cell::new(None),
         });
         CPUS.set(Rc::downgrade(&cpus));
         cpus
@@ -87,6 +90,9 @@ impl Cpus {
     }
 
     fn kick(&self, cpu: usize) {
+        if self.deaf.get() == Some(cpu) {
+            panic!("CPU {cpu} waits for itself");
+        }
         self.on.borrow_mut()[cpu].kicked = true;
         if !self.polled.get() || self.machine.current() == cpu {
             self.obey(cpu);

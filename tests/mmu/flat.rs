@@ -66,15 +66,35 @@ impl Vm {
         self.memory.borrow_mut().push(memory);
     }
 
+    /// The same, zeroed when it is first mapped.
+    pub(crate) fn add_zeroed_ram(&self, ipa: u64, blocks: u64, max_leaf: Level) {
+        let bytes = blocks * BLOCK_BYTES;
+        let memory = Allocation::new(usize_of(bytes), usize_of(BLOCK_BYTES));
+        self.add(ipa, memory.pa(), bytes, max_leaf, true, Contents::Zero);
+        self.memory.borrow_mut().push(memory);
+    }
+
     /// Adds `bytes` of memory that nobody touches but the fake machine's guests.
     pub(crate) fn add_slot(&self, ipa: u64, pa: Pa, bytes: u64, max_leaf: Level, writable: bool) {
+        self.add(ipa, pa, bytes, max_leaf, writable, Contents::Keep);
+    }
+
+    fn add(
+        &self,
+        ipa: u64,
+        pa: Pa,
+        bytes: u64,
+        max_leaf: Level,
+        writable: bool,
+        contents: Contents,
+    ) {
         let config = SlotConfig {
             ipa: Ipa::new(ipa),
             backing: vec![Extent { pa, bytes }],
             max_leaf,
             memory: Memory::Normal,
             writable,
-            contents: Contents::Keep,
+            contents,
         };
         let id = self.stage2.add_slot(config).expect("room for a slot");
         let pages = bytes / PAGE_BYTES;

@@ -1,7 +1,7 @@
 //! Random programs of everything a VM's memory goes through, over several CPUs and VMs, against the flat model.
 //!
 //! A program is named by its seed. When one fails it says so; `MODEL_SEED=n MODEL_STEPS=m cargo test --test mmu random`
-//! runs it alone and shorter. Steps interleave at entry points; every few steps a CPU's guest also acts in the middle of
+//! runs it alone and shorter, `MODEL_SEEDS=n` as many programs. Steps interleave at entry points; every few steps a CPU's guest also acts in the middle of
 //! another CPU's entry point.
 
 use std::cell::Cell;
@@ -378,7 +378,9 @@ fn setting(name: &str) -> Option<u64> {
 
 /// Runs the programs `seeds` of `steps` steps, or the one that the environment names.
 fn run(seeds: u64, steps: u64, kind: Kind) {
-    let (first, count) = setting("MODEL_SEED").map_or((1, seeds), |seed| (seed, 1));
+    let only = setting("MODEL_SEED");
+    let count = setting("MODEL_SEEDS").unwrap_or(if only.is_some() { 1 } else { seeds });
+    let first = only.unwrap_or(1);
     let steps = setting("MODEL_STEPS").unwrap_or(steps);
     for seed in first..first + count {
         let at = Rc::new(Cell::new(0));

@@ -69,8 +69,10 @@ impl State {
         let Some(on) = self.cpus.get_mut(cpu) else {
             return;
         };
-        on.outside = false;
         let (vttbr, rights) = (on.vttbr, on.rights);
+        if core::mem::replace(&mut on.outside, false) {
+            self.hold(cpu, vttbr);
+        }
         let vmid = vmid_of(vttbr);
         if base_of(vttbr) == 0 || self.rights_in(vmid, cpu) == Some(rights) {
             return;

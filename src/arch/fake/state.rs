@@ -116,6 +116,11 @@ impl State {
             cpu.vttbr = vttbr;
             cpu.outside = false;
         }
+        self.hold(cpu, vttbr);
+    }
+
+    /// `cpu` walks by `vttbr` from here on.
+    pub(super) fn hold(&mut self, cpu: usize, vttbr: u64) {
         let (root, vmid) = (base_of(vttbr), vmid_of(vttbr));
         if root == 0 {
             return;
@@ -204,9 +209,11 @@ impl State {
         self.tlb.issue(order, &self.memory);
     }
 
-    /// CPUs whose VTTBR_EL2 names `vmid` for a guest.
+    /// CPUs whose VTTBR_EL2 names `vmid` for a guest, but for those that walk by it no more until they enter anew.
     pub(super) fn holders(&self, vmid: u16) -> Cpus {
-        let holds = |(index, cpu): (usize, &Cpu)| u64::from(vmid_of(cpu.vttbr) == vmid) << index;
+        let holds = |(index, cpu): (usize, &Cpu)| {
+            u64::from(vmid_of(cpu.vttbr) == vmid && !cpu.outside) << index
+        };
         self.cpus
             .iter()
             .enumerate()
