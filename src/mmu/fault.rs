@@ -166,13 +166,13 @@ impl Stage2 {
         active: &Active<'_>,
     ) -> Attempt {
         if fault.access != Access::Write {
-            return self.judge_read(cpu, context, fault.access, at);
+            return self.judge_read(cpu, context, fault, at);
         }
         let Some(view) = context.tagged(at.found.tag()) else {
             return Attempt::Give(Resolution::Denied);
         };
         if view.rights.permits(at.found) {
-            return self.allow(cpu, context, at);
+            return self.allow(cpu, context, fault, at);
         }
         self.make_writable(cpu, context, view, fault, at, active)
     }
@@ -182,15 +182,15 @@ impl Stage2 {
         &self,
         cpu: CpuId,
         context: &Context,
-        access: Access,
+        fault: &Fault,
         at: &Position<'_>,
     ) -> Attempt {
-        let permitted = match access {
+        let permitted = match fault.access {
             Access::Execute => at.found.is_executable(self.format()),
             _ => at.found.is_readable(self.format()),
         };
         if permitted {
-            self.allow(cpu, context, at)
+            self.allow(cpu, context, fault, at)
         } else {
             Attempt::Give(Resolution::Denied)
         }
@@ -198,15 +198,21 @@ impl Stage2 {
 
     /// What the slot holds permits the access: what faulted is a stale entry, an older context, or the access flag.
     #[cold]
-    fn allow(&self, cpu: CpuId, context: &Context, at: &Position<'_>) -> Attempt {
+    fn allow(&self, cpu: CpuId, context: &Context, fault: &Fault, at: &Position<'_>) -> Attempt {
         if at.found.is_young() {
             self.catch_up(cpu, context);
-            Attempt::Stale
-        } else if at.found.is_frozen() {
-            retry()
-        } else {
-            set_leaf(at.slot, at.found, at.found.young())
+            return Attempt::Stale;
         }
+        if at.found.is_frozen() {
+            return retry();
+        }
+        let attempt = set_leaf(at.slot, at.found, at.found.young());
+        if matches!(attempt, Attempt::Stale) && fault.kind == FaultKind::AccessFlag {
+            // What has no access flag is not cached: the walker only has to see it (I_WZCBG).
+            arch::dsb_ishst();
+            return Attempt::Done;
+        }
+        attempt
     }
 
     #[inline]

@@ -207,6 +207,7 @@ impl Stage2 {
     }
 
     /// Visits up to one level-3 table, or one block or hole, and returns where to go on.
+    #[inline]
     fn visit_step(
         &self,
         cpu: CpuId,
@@ -224,31 +225,27 @@ impl Stage2 {
         let Some(at) = self.walk_to(context, ipa, Level::L2, &active) else {
             return Ok(end);
         };
-        let next = Ipa::new(ipa.align_down(at.level.span_bytes()).raw() + at.level.span_bytes());
-        if !at.found.is_table(at.level) {
-            let looked =
-                visit(at.slot, ipa, at.level, view, &active).map_err(|busy| (ipa, busy))?;
-            return Ok(match looked {
-                Looked::Done | Looked::Written => next,
-                Looked::Deeper => ipa,
-                Looked::Stop => end,
-            });
-        }
+        let (places, level) = if at.found.is_table(at.level) {
+            let table = table_of(at.found, &active);
+            let from = Level::L3.index_of(ipa);
+            (table.get(from..).unwrap_or_default(), Level::L3)
+        } else {
+            (core::slice::from_ref(at.slot), at.level)
+        };
+        let span = level.span_bytes();
         let mut page = ipa;
-        for slot in table_of(at.found, &active)
-            .iter()
-            .skip(Level::L3.index_of(ipa))
-        {
+        for place in places {
             if page >= end {
                 break;
             }
-            let looked =
-                visit(slot, page, Level::L3, view, &active).map_err(|busy| (page, busy))?;
-            if looked == Looked::Stop {
-                return Ok(end);
+            match visit(place, page, level, view, &active) {
+                Ok(Looked::Done | Looked::Written) => {}
+                Ok(Looked::Deeper) => return Ok(page),
+                Ok(Looked::Stop) => return Ok(end),
+                Err(busy) => return Err((page, busy)),
             }
-            page = Ipa::new(page.raw() + Level::L3.span_bytes());
+            page = Ipa::new(page.align_down(span).raw() + span);
         }
-        Ok(next)
+        Ok(page)
     }
 }
