@@ -10,6 +10,7 @@ mod engines;
 mod epochs;
 mod events;
 mod flat;
+mod hardware;
 mod policies;
 mod protocol;
 mod random;

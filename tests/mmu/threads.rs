@@ -1,32 +1,26 @@
-//! Real threads: guests write while others clear, split and collapse; in the end a copy made of what `clear` reported
-//! equals memory.
-//!
-//! There is no fake machine on these threads, so a test's own hardware walks the shipped tables: each guest has a TLB that
-//! keeps what it found until an invalidation is complete. A guest holds its TLB's lock for one access, and `DSB ISH` after
-//! a `TLBI` takes every such lock: what was in flight through an old translation is over.
+//! Real threads: guests write while others clear, close and harvest epochs, split and collapse; in the end a copy made of
+//! what was reported equals memory. Hardware is `hardware`'s.
 //!
 //! `STRESS_MILLIS=n` sets how long each combination runs.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc};
-use std::cell::Cell;
-use std::collections::HashMap;
 use std::env;
-use std::rc::Rc;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use vellum::addr::{Ipa, PAGE_BYTES, Pa, Va};
-use vellum::arch::fake::{self, Event, Random};
+use vellum::arch::fake::{self, Random};
 use vellum::mmu::{
-    Access, AccessFlag, Bbm, Config, Contents, Engine, Extent, Fault, FaultKind, Format, Hardware,
-    Level, Locking, Memory, PageSet, Permissions, Policy, Resolution, Services, Shape, SlotConfig,
-    SlotId, Splitting, Stage2, TlbFeatures, Tracking, VmidAllocator,
+    Access, AccessFlag, Bbm, Config, Contents, Engine, Epoch, Error, Extent, Fault, FaultKind,
+    Format, Hardware, Level, Locking, Memory, PageSet, Permissions, Policy, Resolution, Services,
+    Shape, SlotConfig, SlotId, Splitting, Stage2, TlbFeatures, Tracking, VmidAllocator,
 };
 use vellum::sync::quiescence::{CpuId, Domain};
 
 use crate::flat::usize_of;
+use crate::hardware::Guests;
 use crate::rig::{BLOCK_BYTES, HostFrames, MODES, RAM};
 
 const BLOCKS: u64 = 3;
@@ -36,21 +30,22 @@ const GUESTS: usize = 2;
 const CLEARER: CpuId = CpuId(GUESTS);
 const SPLITTER: CpuId = CpuId(GUESTS + 1);
 
-const VALID: u64 = 1;
-const TABLE_OR_PAGE: u64 = 1 << 1;
-const READ: u64 = 1 << 6;
-const WRITE: u64 = 1 << 7;
-const YOUNG: u64 = 1 << 10;
-const ADDRESS: u64 = 0x0000_ffff_ffff_f000;
-
-/// What a guest's TLB holds: the last descriptor of a walk, by page.
-type Tlb = Mutex<HashMap<u64, u64>>;
+/// What a world is made with.
+#[derive(Clone, Copy)]
+struct Plan {
+    locking: Locking,
+    engine: Engine,
+    tracking: Tracking,
+    splitting: Splitting,
+    /// Pages are unmapped meanwhile, too.
+    holes: bool,
+}
 
 struct World {
     stage2: Stage2,
     slot: SlotId,
     memory: *mut u8,
-    tlbs: [Tlb; GUESTS],
+    guests: Arc<Guests>,
     /// What was copied of each page.
     copied: Vec<AtomicU64>,
     stop: AtomicBool,
@@ -69,14 +64,17 @@ fn layout() -> Layout {
 
 fn word(address: u64) -> &'static AtomicU64 {
     let pointer = std::ptr::with_exposed_provenance::<AtomicU64>(usize_of(address));
-    // SAFETY: The address is a slot of a table that this walk's TLB lock keeps, or guest memory that lives as long as the
-    // world; nobody keeps the reference longer.
+    // SAFETY: Guest memory lives as long as the world, and nobody keeps the reference longer.
     unsafe { &*pointer }
 }
 
 impl World {
-    fn new(locking: Locking, splitting: Splitting) -> Self {
+    fn new(plan: Plan) -> Self {
         let cpus = GUESTS + 2;
+        let indirect = plan.engine == Engine::Pie;
+        let marks = plan.tracking == Tracking::Dbm;
+        let guests = Guests::new(GUESTS, indirect, plan.tracking);
+        let kicked = Arc::clone(&guests);
         let services = Services {
             quiescence: Domain::new(cpus),
             vmids: VmidAllocator::new(8, cpus),
@@ -86,17 +84,24 @@ impl World {
                 permissions: Permissions::Direct,
             },
             tlb: TlbFeatures { range: false },
-            hardware: Hardware::default(),
+            hardware: Hardware {
+                indirection: indirect,
+                access_flag: marks,
+                dirty_state: marks,
+            },
             idle_vttbr: 0,
-            kick: Box::new(|_| {}),
+            kick: Box::new(move |cpu| kicked.kick(cpu.0)),
         };
         let config = Config {
-            locking,
+            locking: plan.locking,
             shape: Shape::new(40).expect("a shape"),
-            splitting,
-            engine: Engine::Walk,
-            tracking: Tracking::Fault,
-            access_flag: AccessFlag::Software,
+            splitting: plan.splitting,
+            engine: plan.engine,
+            tracking: plan.tracking,
+            access_flag: match plan.tracking {
+                Tracking::Fault => AccessFlag::Software,
+                Tracking::Dbm => AccessFlag::Hardware,
+            },
         };
         let stage2 = Stage2::new(config, Arc::new(services)).expect("frames for a root");
         // SAFETY: The layout is not empty.
@@ -117,7 +122,7 @@ impl World {
             stage2,
             slot,
             memory,
-            tlbs: Default::default(),
+            guests,
             copied: (0..PAGES).map(|_| AtomicU64::new(0)).collect(),
             stop: AtomicBool::new(false),
             translation_faults: AtomicU64::new(0),
@@ -128,51 +133,22 @@ impl World {
         word(self.memory.expose_provenance() as u64 + page * PAGE_BYTES)
     }
 
-    /// The last descriptor on the way to `page`, as hardware reads it.
-    fn walk(&self, page: u64) -> u64 {
-        let ipa = RAM + page * PAGE_BYTES;
-        let mut table = self.stage2.root_pa().raw();
-        let mut index = ipa >> 30;
-        for shift in [30, 21, 12] {
-            let raw = word(table + 8 * index).load(Ordering::Acquire);
-            if shift == 12 || raw & (VALID | TABLE_OR_PAGE) != VALID | TABLE_OR_PAGE {
-                let found = (raw & ADDRESS) + ipa % (1 << shift);
-                let expected = self.memory.expose_provenance() as u64 + page * PAGE_BYTES;
-                assert!(
-                    raw & VALID == 0 || found == expected,
-                    "page {page}: {raw:#x}"
-                );
-                return raw;
-            }
-            table = raw & ADDRESS;
-            index = ipa >> (shift - 9) & 511;
-        }
-        unreachable!("the last level ends the walk")
-    }
-
     /// One access of the guest on `cpu`; why it failed.
     fn access(&self, cpu: usize, page: u64, access: Access) -> Option<FaultKind> {
-        let mut tlb = self.tlbs[cpu].lock().expect("no guest fails");
-        let raw = tlb.get(&page).copied().unwrap_or_else(|| self.walk(page));
-        if raw & VALID == 0 {
-            return Some(FaultKind::Translation);
-        }
-        if raw & YOUNG == 0 {
-            return Some(FaultKind::AccessFlag);
-        }
-        tlb.insert(page, raw);
-        let needed = if access == Access::Write { WRITE } else { READ };
-        if raw & needed == 0 {
-            return Some(FaultKind::Permission);
-        }
-        if access == Access::Write {
-            self.page(page).fetch_add(1, Ordering::Relaxed);
-        }
-        None
+        let memory = self.page(page);
+        let expected = self.memory.expose_provenance() as u64 + page * PAGE_BYTES;
+        self.guests.access(cpu, page, expected, access, || {
+            if access == Access::Write {
+                memory.fetch_add(1, Ordering::Relaxed);
+            }
+        })
     }
 
-    /// The same with all the faults it takes.
+    /// The same with all the faults it takes, inside the guest and in between.
     fn run(&self, cpu: usize, page: u64, access: Access) {
+        if self.guests.is_kicked(cpu) {
+            self.stage2.refresh(CpuId(cpu));
+        }
         while let Some(kind) = self.access(cpu, page, access) {
             if kind == FaultKind::Translation {
                 self.translation_faults.fetch_add(1, Ordering::Relaxed);
@@ -190,6 +166,7 @@ impl World {
                 Resolution::TopUp => self.stage2.top_up(CpuId(cpu)).expect("frames"),
                 other => panic!("{other:?}"),
             }
+            self.stage2.refresh(CpuId(cpu));
         }
     }
 
@@ -204,27 +181,78 @@ impl World {
                 Access::Write
             };
             self.run(cpu, page as u64, access);
+            if random.once_in(64) {
+                self.stage2.rest(CpuId(cpu));
+                thread::yield_now();
+                self.stage2.refresh(CpuId(cpu));
+            } else if random.once_in(256) {
+                self.leave(cpu);
+                thread::yield_now();
+                self.load(cpu);
+            }
         }
     }
 
-    fn clear(&self, from: u64, to: u64) {
-        let mut set = PageSet::default();
-        let cleared = self.stage2.clear(CLEARER, self.slot, from, to, &mut set);
-        cleared.expect("a good range");
+    fn load(&self, cpu: usize) {
+        let vttbr = self.stage2.load(CpuId(cpu));
+        self.guests.set_vttbr(cpu, vttbr);
+        self.stage2.refresh(CpuId(cpu));
+    }
+
+    fn leave(&self, cpu: usize) {
+        self.guests.set_vttbr(cpu, 0);
+        self.stage2.unload(CpuId(cpu));
+    }
+
+    fn copy(&self, set: &PageSet) {
         for page in set.pages() {
             let now = self.page(page).load(Ordering::Relaxed);
-            self.copied[usize_of(page)].store(now, Ordering::Relaxed);
+            // Who reads a page later may be sooner here.
+            self.copied[usize_of(page)].fetch_max(now, Ordering::Relaxed);
         }
+    }
+
+    fn clear(&self, cpu: CpuId, from: u64, to: u64) -> Result<(), Error> {
+        let mut set = PageSet::default();
+        self.stage2.clear(cpu, self.slot, from, to, &mut set)?;
+        self.copy(&set);
+        Ok(())
+    }
+
+    fn harvest(&self, epoch: Epoch) {
+        let mut set = PageSet::default();
+        let harvested = self.stage2.harvest(CLEARER, self.slot, epoch, &mut set);
+        harvested.expect("a closed epoch");
+        self.copy(&set);
     }
 
     fn clearer(&self, seed: u64) {
         let mut random = Random::new(seed);
+        let mut closed: Option<Epoch> = None;
         while !self.stop.load(Ordering::Relaxed) {
-            let (from, to) = range(&mut random);
-            self.clear(from, to);
+            match random.below(8) {
+                0..3 => {
+                    let (from, to) = range(&mut random);
+                    self.clear(CLEARER, from, to).expect("a good range");
+                }
+                3 => {
+                    self.stage2.prepare(CLEARER).expect("frames");
+                }
+                _ => match closed.take() {
+                    Some(epoch) => self.harvest(epoch),
+                    None => {
+                        let call = self.stage2.next_epoch(CLEARER);
+                        closed = Some(call.expect("a logged slot").epoch);
+                    }
+                },
+            }
             if random.once_in(64) {
+                closed = None;
                 self.restart_logging(random.once_in(2));
             }
+        }
+        if let Some(epoch) = closed {
+            self.harvest(epoch);
         }
     }
 
@@ -237,7 +265,7 @@ impl World {
         enabled.expect("a slot of RAM");
         if !all_set {
             for (page, copied) in (0..).zip(&self.copied) {
-                copied.store(self.page(page).load(Ordering::Relaxed), Ordering::Relaxed);
+                copied.fetch_max(self.page(page).load(Ordering::Relaxed), Ordering::Relaxed);
             }
         }
     }
@@ -250,6 +278,9 @@ impl World {
                 let ipa = Ipa::new(RAM + from * PAGE_BYTES);
                 // Refused when it would cut a block.
                 let _cut = self.stage2.unmap(SPLITTER, ipa, PAGE_BYTES);
+            } else if random.once_in(4) {
+                // Refused while logging is off.
+                let _cleared = self.clear(SPLITTER, from, to);
             } else if random.once_in(2) {
                 let done = self.stage2.split(SPLITTER, self.slot, from, to);
                 assert_eq!(done.map(|split| split.left), Ok(0));
@@ -258,15 +289,6 @@ impl World {
                 let to = to.next_multiple_of(512);
                 let done = self.stage2.collapse(SPLITTER, self.slot, from, to);
                 done.expect("a good range");
-            }
-        }
-    }
-
-    /// Drops what the TLB of `cpu`, or all of them, hold.
-    fn invalidate(&self, cpu: Option<usize>) {
-        for (index, tlb) in self.tlbs.iter().enumerate() {
-            if cpu.is_none_or(|cpu| cpu == index) {
-                tlb.lock().expect("no guest fails").clear();
             }
         }
     }
@@ -285,23 +307,6 @@ fn range(random: &mut Random) -> (u64, u64) {
     (from, (from + pages).min(PAGES))
 }
 
-/// Makes this thread CPU `cpu` of `world`: its barriers complete its invalidations.
-fn become_cpu(world: &Arc<World>, cpu: CpuId) {
-    let world = Arc::clone(world);
-    let pending = Cell::new(false);
-    world.stage2.load(cpu);
-    fake::observe(Some(Rc::new(move |event| match event {
-        Event::TlbiIpas2e1is(_)
-        | Event::TlbiRipas2e1is(..)
-        | Event::TlbiVmalle1is
-        | Event::TlbiVmalls12e1is => pending.set(true),
-        Event::DsbIsh if pending.replace(false) => world.invalidate(None),
-        Event::DsbNsh => world.invalidate(Some(cpu.0)),
-        Event::Yield => thread::yield_now(),
-        _ => {}
-    })));
-}
-
 /// The world's thread `work` on `cpu`.
 fn start(
     world: &Arc<World>,
@@ -310,9 +315,15 @@ fn start(
 ) -> thread::JoinHandle<()> {
     let world = Arc::clone(world);
     thread::spawn(move || {
-        become_cpu(&world, cpu);
+        world.guests.observe(cpu.0);
         let stop = StopAll(&world);
+        if cpu.0 < GUESTS {
+            world.load(cpu.0);
+        }
         work(&world);
+        if cpu.0 < GUESTS {
+            world.leave(cpu.0);
+        }
         drop(stop);
         fake::observe(None);
     })
@@ -329,16 +340,13 @@ impl Drop for StopAll<'_> {
     }
 }
 
-/// With `holes` pages are unmapped meanwhile, too.
-fn stress(locking: Locking, policy: Policy, bbm: Bbm, batch: usize, holes: bool) {
-    let seed = batch as u64;
-    let splitting = Splitting {
-        policy,
-        bbm,
-        batch,
-        ..Splitting::default()
-    };
-    let world = Arc::new(World::new(locking, splitting));
+fn stress(plan: Plan) {
+    let Plan {
+        splitting, holes, ..
+    } = plan;
+    let seed = splitting.batch as u64;
+    let bbm = splitting.bbm;
+    let world = Arc::new(World::new(plan));
     let setup = start(&world, CpuId(0), |world| {
         for block in 0..BLOCKS {
             world.run(0, block * 512, Access::Read);
@@ -375,7 +383,7 @@ fn stress(locking: Locking, policy: Policy, bbm: Bbm, batch: usize, holes: bool)
     });
     fill.join().expect("everybody is content");
     let last = start(&world, CLEARER, move |world| {
-        world.clear(0, PAGES);
+        world.clear(CLEARER, 0, PAGES).expect("a logged slot");
         let mut written = 0;
         for page in 0..PAGES {
             let now = world.page(page).load(Ordering::Relaxed);
@@ -386,7 +394,7 @@ fn stress(locking: Locking, policy: Policy, bbm: Bbm, batch: usize, holes: bool)
         assert!(written > 0, "the guests made progress");
         let faults = world.translation_faults.load(Ordering::Relaxed);
         assert!(
-            bbm == Bbm::Zero || holes || faults == 0,
+            bbm == Bbm::Zero || holes || plan.engine == Engine::Lazy || faults == 0,
             "{faults} at level 2"
         );
         let done = world.stage2.disable_logging(CLEARER, world.slot);
@@ -404,29 +412,55 @@ fn stress(locking: Locking, policy: Policy, bbm: Bbm, batch: usize, holes: bool)
     drop(world);
 }
 
-fn stress_every_mode(bbm: Bbm, holes: bool) {
+fn stress_every_mode(engine: Engine, tracking: Tracking, bbm: Bbm, holes: bool) {
     for locking in MODES {
         for policy in [Policy::Fault, Policy::Enable, Policy::Clear] {
-            for batch in [1, 16] {
-                stress(locking, policy, bbm, batch, holes);
-            }
+            let splitting = Splitting {
+                policy,
+                bbm,
+                batch: if holes { 16 } else { 1 },
+                ..Splitting::default()
+            };
+            stress(Plan {
+                locking,
+                engine,
+                tracking,
+                splitting,
+                holes,
+            });
+        }
+    }
+}
+
+fn stress_both_levels(engine: Engine, tracking: Tracking) {
+    for bbm in [Bbm::Zero, Bbm::Two] {
+        for holes in [false, true] {
+            stress_every_mode(engine, tracking, bbm, holes);
         }
     }
 }
 
 #[test]
-fn good_level_0_threads_that_write_clear_split_and_collapse_lose_nothing() {
-    stress_every_mode(Bbm::Zero, false);
+fn good_threads_with_engine_walk_lose_nothing() {
+    stress_both_levels(Engine::Walk, Tracking::Fault);
 }
 
 #[test]
-fn good_level_2_threads_that_write_clear_split_and_collapse_lose_nothing() {
-    stress_every_mode(Bbm::Two, false);
+fn good_threads_with_engine_lazy_lose_nothing() {
+    stress_both_levels(Engine::Lazy, Tracking::Fault);
 }
 
 #[test]
-fn good_threads_that_unmap_pages_as_well_lose_nothing() {
-    for bbm in [Bbm::Zero, Bbm::Two] {
-        stress_every_mode(bbm, true);
-    }
+fn good_threads_with_engine_swap_lose_nothing() {
+    stress_both_levels(Engine::Swap, Tracking::Fault);
+}
+
+#[test]
+fn good_threads_with_engine_pie_lose_nothing() {
+    stress_both_levels(Engine::Pie, Tracking::Fault);
+}
+
+#[test]
+fn good_threads_with_tracking_dbm_lose_nothing() {
+    stress_both_levels(Engine::Walk, Tracking::Dbm);
 }

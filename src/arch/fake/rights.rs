@@ -78,6 +78,9 @@ impl State {
             return;
         }
         self.forsake_rights(vmid, cpu);
+        if self.features.indirection {
+            self.tlb.walks(vmid, cpu, rights);
+        }
         if let Some(context) = self.contexts.get_mut(&vmid) {
             context.rights.insert(cpu, rights);
         }
@@ -119,7 +122,7 @@ impl State {
 
     /// Whether some CPU that holds the stale `leaf` may write by it.
     pub(super) fn permits_writes(&self, leaf: &StaleLeaf) -> bool {
-        let held = leaf.stage2 | leaf.combined | leaf.alias;
+        let held = leaf.held();
         let now = self.cpus.iter().enumerate();
         let mut now = now.filter(|(cpu, _)| held & (1 << cpu) != 0);
         let at = &leaf.place.leaf;
@@ -129,7 +132,7 @@ impl State {
 
     /// Whether some CPU that holds `leaf` has another S2PIR_EL2 than it was resolved by.
     pub(super) fn is_resolved_otherwise(&self, leaf: &StaleLeaf) -> bool {
-        let held = leaf.stage2 | leaf.combined | leaf.alias;
+        let held = leaf.held();
         let mut cpus = self.cpus.iter().enumerate();
         cpus.any(|(cpu, on)| held & (1 << cpu) != 0 && on.rights != leaf.rights)
     }

@@ -149,6 +149,9 @@ impl State {
             self.report(Violation::VmidWithTwoRoots { vmid });
         }
         self.tlb.load(vmid, cpu);
+        if !self.features.indirection {
+            self.tlb.walks(vmid, cpu, 0);
+        }
         let level = self.features.initial_level;
         for page in 0..self.features.initial_tables {
             let ipa = page << (12 + 9 * (4 - u32::from(level)));
@@ -204,9 +207,21 @@ impl State {
             scope,
             targets,
             broadcast,
+            now: self.registers(vmid, scope),
             forgets,
         };
         self.tlb.issue(order, &self.memory);
+    }
+
+    /// S2PIR_EL2 of the CPUs that walk under what an invalidation concerns.
+    fn registers(&self, vmid: u16, scope: Scope) -> Vec<(u64, Cpus)> {
+        let walking = match scope {
+            Scope::Everything => ALL_CPUS,
+            _ => self.holders(vmid),
+        };
+        let cpus = self.cpus.iter().enumerate();
+        let cpus = cpus.filter(|(index, _)| walking & (1 << index) != 0);
+        cpus.map(|(index, cpu)| (cpu.rights, 1 << index)).collect()
     }
 
     /// CPUs whose VTTBR_EL2 names `vmid` for a guest, but for those that walk by it no more until they enter anew.

@@ -128,7 +128,12 @@ pub(super) struct Tlb {
 impl StaleLeaf {
     /// Whether any TLB may hold this in any form.
     pub(super) fn is_held(&self) -> bool {
-        self.stage2 | self.combined | self.alias != 0
+        self.held() != 0
+    }
+
+    /// CPUs that may hold this in any form.
+    pub(super) fn held(&self) -> Cpus {
+        self.stage2 | self.combined | self.alias
     }
 
     /// Whether an access by `cpu` to the page at `ipa` may use this.
@@ -162,9 +167,10 @@ impl StaleLeaf {
         }
     }
 
-    /// Notes that invalidation `by` will drop what of this cannot come back. `walkers` reach the old slot still.
-    fn doom(&mut self, by: u64, scope: Scope, targets: Cpus, walkers: Cpus) {
-        let stuck = !self.sees_new | walkers;
+    /// Notes that invalidation `by` will drop what of this cannot come back. `walkers` reach the old slot still; `others`
+    /// walk no more, or bring it back resolved otherwise, by the S2PIR_EL2 that they have now.
+    fn doom(&mut self, by: u64, scope: Scope, targets: Cpus, walkers: Cpus, others: Cpus) {
+        let stuck = (!self.sees_new | walkers) & !others;
         let from_stage2 = stuck | self.stage2;
         let (stage2, combined, alias) = match scope {
             Scope::Stage2 { .. } => (!stuck, 0, 0),
@@ -172,7 +178,7 @@ impl StaleLeaf {
             Scope::Stage1Page { .. } => (0, !from_stage2, 0),
             Scope::Vmid | Scope::Everything => (!stuck, !stuck, !stuck),
         };
-        let held = targets & (self.stage2 | self.combined | self.alias);
+        let held = targets & self.held();
         self.unsynchronized |= held & !self.sees_new != 0;
         if matches!(scope, Scope::Stage1 | Scope::Stage1Page { .. }) {
             self.wrong_order |= targets & (self.combined | self.alias) & self.stage2 != 0;
@@ -266,7 +272,7 @@ impl Tlb {
                 let held = (leaf.stage2, leaf.combined, leaf.alias);
                 let mut doomed = core::mem::take(&mut leaf.doomed);
                 // What is cached anew is not dropped by what was issued before.
-                doomed.retain_mut(|doom| sees_new == ALL_CPUS && doom.spare(cpus));
+                doomed.retain_mut(|doom| sees_new != 0 && doom.spare(cpus));
                 let sees_new = leaf.sees_new & sees_new;
                 *leaf = StaleLeaf {
                     doomed,
@@ -321,7 +327,7 @@ impl Tlb {
 
     /// Stale leaves under `vmid` that `cpu` may hold.
     pub(super) fn held_by(&self, vmid: u16, cpu: usize) -> Vec<Place> {
-        let held = |leaf: &&StaleLeaf| (leaf.stage2 | leaf.combined | leaf.alias) & (1 << cpu) != 0;
+        let held = |leaf: &&StaleLeaf| leaf.held() & (1 << cpu) != 0;
         self.leaves
             .range((vmid, 0)..=(vmid, u64::MAX))
             .flat_map(|(_, leaves)| leaves)
@@ -335,16 +341,21 @@ impl Tlb {
         self.leaves.values().flatten().filter(|leaf| leaf.is_held())
     }
 
-    /// `cpu` loads `vmid`: it may yet walk to what it does not see replaced.
+    /// `cpu` walks under `vmid` and by `rights`: it may yet find what it does not see replaced.
+    pub(super) fn walks(&mut self, vmid: u16, cpu: usize, rights: u64) {
+        let bit = 1 << cpu;
+        let leaves = self.leaves.range((vmid, 0)..=(vmid, u64::MAX));
+        let unseen = leaves.flat_map(|(_, leaves)| leaves);
+        let unseen = unseen.filter(|leaf| leaf.sees_new & bit == 0);
+        let unseen: Vec<_> = unseen.map(|leaf| (leaf.place, leaf.sees_new)).collect();
+        for (place, sees_new) in unseen {
+            self.add(vmid, place, rights, bit, sees_new);
+        }
+    }
+
+    /// `cpu` loads `vmid`.
     pub(super) fn load(&mut self, vmid: u16, cpu: usize) {
         let bit = 1 << cpu;
-        for (_, leaves) in self.leaves.range_mut((vmid, 0)..=(vmid, u64::MAX)) {
-            for leaf in leaves.iter_mut().filter(|leaf| leaf.sees_new & bit == 0) {
-                leaf.stage2 |= bit;
-                leaf.combined |= bit;
-                leaf.alias |= bit;
-            }
-        }
         for table in &mut self.tables {
             if table.vmid == vmid && table.sees_new & bit == 0 {
                 table.cpus |= bit;
@@ -383,8 +394,10 @@ impl Tlb {
             vmid,
             scope,
             targets,
+            ref now,
             ..
         } = order;
+        let mut anew = Vec::new();
         for table in &mut self.tables {
             let hit = match scope {
                 Scope::Stage2 { ipa, bytes } => table.vmid == vmid && table.overlaps(ipa, bytes),
@@ -401,9 +414,23 @@ impl Tlb {
         let tables = core::mem::take(&mut self.tables);
         self.visit(scope, vmid, |leaf| {
             let walkers = walkers(leaf, &tables, by, memory);
-            leaf.doom(by, scope, targets, walkers);
+            let mut others = 0;
+            let walked = !matches!(scope, Scope::Stage1 | Scope::Stage1Page { .. });
+            let otherwise = |(rights, _): &&(u64, Cpus)| walked && *rights != leaf.rights;
+            for (rights, cpus) in now.iter().filter(otherwise) {
+                others |= cpus;
+                let back = (!leaf.sees_new | walkers) & leaf.held() & targets & cpus;
+                if back != 0 {
+                    anew.push((leaf.vmid, leaf.place, *rights, back, leaf.sees_new));
+                }
+            }
+            let idle = now.iter().fold(ALL_CPUS, |idle, (_, cpus)| idle & !cpus);
+            leaf.doom(by, scope, targets, walkers, others | idle & !walkers);
         });
         self.tables = tables;
+        for (vmid, place, rights, cpus, sees_new) in anew {
+            self.add(vmid, place, rights, cpus, sees_new);
+        }
         if let Scope::Stage2 { ipa, bytes } = scope {
             self.blame_vmid(vmid, ipa, bytes);
         }
@@ -482,6 +509,8 @@ pub(super) struct Order {
     pub(super) scope: Scope,
     pub(super) targets: Cpus,
     pub(super) broadcast: bool,
+    /// S2PIR_EL2 of the CPUs that walk under the VMID, or under any if there is none.
+    pub(super) now: Vec<(u64, Cpus)>,
     /// Which CPUs hold nothing of which VMID any more once it is complete, memory's present contents included.
     pub(super) forgets: Vec<(u16, Cpus)>,
 }
