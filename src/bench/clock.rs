@@ -34,28 +34,48 @@ pub(super) fn timed<T>(work: impl FnOnce() -> T) -> (T, u64) {
     (result, start.elapsed_ns())
 }
 
-/// The sums of all CPUs' counters at some moment.
+/// The sums of all CPUs' counters at some moment, or those of the controller alone.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Counts([u64; EVENTS]);
+pub(super) struct Counts {
+    values: [u64; EVENTS],
+    whose: Whose,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Whose {
+    All,
+    Own,
+}
 
 impl Counts {
     /// Now.
     pub(super) fn now() -> Self {
-        Self(EVENT_NAMES.map(|(event, _)| {
-            percpu::all()
+        Self::of(Whose::All)
+    }
+
+    /// What the controller itself has counted by now.
+    pub(super) fn own() -> Self {
+        Self::of(Whose::Own)
+    }
+
+    fn of(whose: Whose) -> Self {
+        let values = EVENT_NAMES.map(|(event, _)| match whose {
+            Whose::All => percpu::all()
                 .iter()
                 .map(|block| block.counters.read(event))
-                .sum()
-        }))
+                .sum(),
+            Whose::Own => percpu::this().counters.read(event),
+        });
+        Self { values, whose }
     }
 
     /// What was counted since, by name.
     pub(super) fn since(self) -> impl Iterator<Item = (&'static str, u64)> {
-        let now = Self::now();
+        let now = Self::of(self.whose);
         EVENT_NAMES
             .iter()
-            .zip(now.0)
-            .zip(self.0)
+            .zip(now.values)
+            .zip(self.values)
             .map(|(((_, name), now), then)| (*name, now.wrapping_sub(then)))
     }
 }

@@ -4,6 +4,8 @@
 //! are done; what it finds is printed as one line of JSON a result ([`report`]), so that a board without a host tells the
 //! same as QEMU does.
 
+mod age;
+mod ages;
 mod checkpoint;
 mod churn;
 mod clock;
@@ -11,6 +13,7 @@ mod cycle;
 mod dirty;
 mod epochs;
 mod get;
+mod heat;
 pub mod params;
 mod protect;
 pub mod report;
@@ -52,6 +55,7 @@ pub fn main(host: &'static Host, arguments: &str, guest: &[u8]) -> Result<u32, R
         guest,
         bbm: params.bbm_levels(host.features.bbm, host.auto_bbm())?,
         trackers: params.trackers(host.services.hardware, host.auto_engine())?,
+        access_flag: params.access_flags(host.services.hardware, host.auto_access_flag())?,
     };
     let good = match params.suite {
         Suite::None => true,
@@ -65,6 +69,9 @@ pub fn main(host: &'static Host, arguments: &str, guest: &[u8]) -> Result<u32, R
         Suite::Protect => protect::run(&stage)?,
         Suite::Checkpoint => checkpoint::run(&stage)?,
         Suite::Epochs => epochs::run(&stage)?,
+        Suite::Age => age::run(&stage)?,
+        Suite::Heat => heat::run(&stage)?,
+        Suite::Ages => ages::run(&stage)?,
     };
     Ok(if good { 0 } else { FAILED })
 }

@@ -6,7 +6,7 @@ use alloc::vec::Vec;
 use core::str::FromStr;
 
 use crate::mmu::bbm::MOST_BATCH;
-use crate::mmu::{Bbm, Engine, Hardware, Level, Locking, Policy, Tracking};
+use crate::mmu::{AccessFlag, Bbm, Engine, Hardware, Level, Locking, Policy, Precision, Tracking};
 
 /// What is measured.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -33,6 +33,12 @@ pub enum Suite {
     Checkpoint,
     /// Whether epoch after epoch reports what was written in it.
     Epochs,
+    /// Marking memory idle, and what it costs those who use it.
+    Age,
+    /// Which memory is hot while a guest runs a pattern that is known.
+    Heat,
+    /// Whether anything is lost while aging, splits, collapses and epochs loop.
+    Ages,
 }
 
 /// Which of several ways is used.
@@ -110,6 +116,27 @@ pub struct Params {
     pub epochs: u64,
     /// Lengths of an epoch.
     pub epoch_us: Vec<u64>,
+    /// Who sets access flags.
+    pub access_flag: Choice<AccessFlag>,
+    /// Whether a pass of aging ends with an invalidation. Imprecise passes are measured beside precise ones.
+    pub precision: Precision,
+    /// From the beginning of one pass in the background to that of the next.
+    pub period_us: u64,
+    /// Percent of the controller's time that passes in the background may take.
+    pub budget: u64,
+    /// Passes in the background.
+    pub passes: u64,
+    /// What the guest of suite `heat` does.
+    pub pattern: Pattern,
+}
+
+/// How much of its memory a guest uses all the time, and how much now and then; percent.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Pattern {
+    /// All the time.
+    pub hot: u64,
+    /// Now and then.
+    pub warm: u64,
 }
 
 impl Default for Params {
@@ -141,6 +168,12 @@ impl Default for Params {
             tracking: Vec::from([Tracking::Fault]),
             epochs: 100,
             epoch_us: Vec::from([1_000, 10_000, 100_000]),
+            access_flag: Choice::Auto,
+            precision: Precision::Precise,
+            period_us: 10_000,
+            budget: 100,
+            passes: 16,
+            pattern: Pattern { hot: 10, warm: 20 },
         }
     }
 }
@@ -150,7 +183,7 @@ const SIZES: [(&str, u64, Level); 3] = [
     ("2m", 2 << 20, Level::L2),
     ("1g", 1 << 30, Level::L1),
 ];
-const SUITES: [(&str, Suite); 11] = [
+const SUITES: [(&str, Suite); 14] = [
     ("none", Suite::None),
     ("dirty", Suite::Dirty),
     ("verify", Suite::Verify),
@@ -162,6 +195,9 @@ const SUITES: [(&str, Suite); 11] = [
     ("protect", Suite::Protect),
     ("checkpoint", Suite::Checkpoint),
     ("epochs", Suite::Epochs),
+    ("age", Suite::Age),
+    ("heat", Suite::Heat),
+    ("ages", Suite::Ages),
 ];
 const TIMINGS: [(&str, Timing); 3] = [
     ("insn", Timing::Insn),
@@ -192,6 +228,15 @@ const ENGINES: [(&str, Choice<Engine>); 5] = [
     ("pie", Choice::Fixed(Engine::Pie)),
 ];
 const TRACKINGS: [(&str, Tracking); 2] = [("fault", Tracking::Fault), ("dbm", Tracking::Dbm)];
+const ACCESS_FLAGS: [(&str, Choice<AccessFlag>); 3] = [
+    ("auto", Choice::Auto),
+    ("hardware", Choice::Fixed(AccessFlag::Hardware)),
+    ("software", Choice::Fixed(AccessFlag::Software)),
+];
+const PRECISIONS: [(&str, Precision); 2] = [
+    ("precise", Precision::Precise),
+    ("imprecise", Precision::Imprecise),
+];
 const ORDERS: [(&str, bool); 2] = [("sequential", false), ("random", true)];
 const BITS: [(&str, bool); 2] = [("0", false), ("1", true)];
 const SOURCES: [(&str, bool); 2] = [("at", false), ("trust", true)];
@@ -240,6 +285,12 @@ impl Params {
             "tracking" => self.tracking = list(value, |word| named(key, word, &TRACKINGS))?,
             "epochs" => self.epochs = number(key, value, 1, 1 << 20)?,
             "epoch-us" => self.epoch_us = list(value, |word| number(key, word, 1, 10_000_000))?,
+            "access-flag" => self.access_flag = named(key, value, &ACCESS_FLAGS)?,
+            "precision" => self.precision = named(key, value, &PRECISIONS)?,
+            "period-us" => self.period_us = number(key, value, 1, 3_600_000_000)?,
+            "budget" => self.budget = number(key, value, 1, 100)?,
+            "passes" => self.passes = number(key, value, 1, 1 << 20)?,
+            "pattern" => self.pattern = pattern(key, value)?,
             _ => {
                 return Err(format!(
                     "boot argument '{key}={value}': there is no key '{key}'"
@@ -314,6 +365,36 @@ impl Params {
     }
 }
 
+impl Params {
+    /// Who sets access flags, on a machine with `found` that is trusted with `auto`.
+    ///
+    /// # Errors
+    ///
+    /// Hardware that the CPUs do not have, or software where what is measured needs hardware.
+    pub fn access_flags(&self, found: Hardware, auto: AccessFlag) -> Result<AccessFlag, String> {
+        match self.access_flag {
+            Choice::Auto => Ok(auto),
+            Choice::Fixed(AccessFlag::Hardware) if !found.access_flag => Err(String::from(
+                "boot argument 'access-flag=hardware': the CPU does not have FEAT_HAFDBS with access flags",
+            )),
+            Choice::Fixed(AccessFlag::Software) if self.tracking.contains(&Tracking::Dbm) => {
+                Err(String::from(
+                    "boot argument 'access-flag=software': only access-flag=hardware goes with tracking=dbm",
+                ))
+            }
+            Choice::Fixed(flag) => Ok(flag),
+        }
+    }
+}
+
+/// The name of a precision, as in arguments and results.
+pub fn precision_name(precision: Precision) -> &'static str {
+    PRECISIONS
+        .iter()
+        .find(|(_, known)| *known == precision)
+        .map_or("", |(name, _)| name)
+}
+
 impl Timing {
     /// Its name in results.
     pub fn name(self) -> &'static str {
@@ -371,6 +452,16 @@ fn block(key: &str, value: &str) -> Result<Level, String> {
     })
 }
 
+fn pattern(key: &str, value: &str) -> Result<Pattern, String> {
+    let shares = list(value, |word| number(key, word, 0, 100));
+    match shares.as_deref() {
+        Ok(&[hot, warm]) if hot > 0 && hot + warm <= 100 => Ok(Pattern { hot, warm }),
+        _ => Err(format!(
+            "boot argument '{key}={value}': {key} is two percentages, hot from 1 and warm from 0, of 100 together at most"
+        )),
+    }
+}
+
 fn number<T>(key: &str, value: &str, low: T, high: T) -> Result<T, String>
 where
     T: FromStr + PartialOrd + core::fmt::Display,
@@ -392,9 +483,12 @@ mod tests {
     use std::vec;
 
     use super::{
-        Choice, ENGINES, POLICIES, Params, Suite, TRACKINGS, Timing, size_name, stride_name,
+        ACCESS_FLAGS, Choice, ENGINES, POLICIES, Params, Pattern, Suite, TRACKINGS, Timing,
+        precision_name, size_name, stride_name,
     };
-    use crate::mmu::{Bbm, Engine, Hardware, Level, Locking, Policy, Tracking};
+    use crate::mmu::{
+        AccessFlag, Bbm, Engine, Hardware, Level, Locking, Policy, Precision, Tracking,
+    };
 
     #[test]
     fn everything_can_be_said() {
@@ -402,7 +496,8 @@ mod tests {
             "quiet suite=dirty vcpus=1,2,64 locking=mutex,lockless mib=4 iterations=3 write-percent=10 order=random \
              seed=9 stride=2m backing=1g initially-all-set=1 timing=insn hpfar=trust slot-mib=16384 rounds=5 \
              splitting=clear,fault-empty bbm=auto,2 bbm-batch=64 chunk=2m pause-us=20 unsafe-bbm=1 seconds=60 \
-             engine=swap,auto tracking=fault,dbm epochs=10000 epoch-us=500,2000",
+             engine=swap,auto tracking=fault,dbm epochs=10000 epoch-us=500,2000 access-flag=software precision=imprecise \
+             period-us=500 budget=5 passes=3 pattern=1,99",
         )
         .unwrap();
         let expected = Params {
@@ -432,10 +527,17 @@ mod tests {
             tracking: vec![Tracking::Fault, Tracking::Dbm],
             epochs: 10_000,
             epoch_us: vec![500, 2000],
+            access_flag: Choice::Fixed(AccessFlag::Software),
+            precision: Precision::Imprecise,
+            period_us: 500,
+            budget: 5,
+            passes: 3,
+            pattern: Pattern { hot: 1, warm: 99 },
         };
         assert_eq!(params, expected);
         assert_eq!(size_name(params.backing), "1g");
         assert_eq!(stride_name(params.stride), "2m");
+        assert_eq!(precision_name(params.precision), "imprecise");
     }
 
     #[test]
@@ -457,6 +559,16 @@ mod tests {
             ("tracking=ring", "one of fault, dbm"),
             ("epochs=0", "1 to"),
             ("epoch-us=0", "1 to"),
+            ("access-flag=firmware", "one of auto, hardware, software"),
+            ("precision=rough", "one of precise, imprecise"),
+            ("period-us=0", "1 to 3600000000"),
+            ("period-us=3600000001", "1 to 3600000000"),
+            ("budget=0", "1 to 100"),
+            ("budget=101", "1 to 100"),
+            ("passes=0", "1 to"),
+            ("pattern=10", "two percentages"),
+            ("pattern=0,20", "hot from 1"),
+            ("pattern=60,50", "of 100 together"),
         ] {
             let error = Params::parse(word).unwrap_err();
             assert!(error.contains(word) && error.contains(says), "{error}");
@@ -525,7 +637,30 @@ mod tests {
     }
 
     #[test]
+    fn access_flags_are_set_by_who_is_there() {
+        let flag = |words: &str, access_flag| {
+            let found = Hardware {
+                access_flag,
+                indirection: false,
+                dirty_state: access_flag,
+            };
+            let params = Params::parse(words).unwrap();
+            params.access_flags(found, AccessFlag::Software)
+        };
+        assert_eq!(flag("", true), Ok(AccessFlag::Software));
+        assert_eq!(flag("access-flag=hardware", true), Ok(AccessFlag::Hardware));
+        let error = flag("access-flag=hardware", false).unwrap_err();
+        assert!(error.contains("FEAT_HAFDBS"), "{error}");
+        let error = flag("access-flag=software tracking=dbm", true).unwrap_err();
+        assert!(error.contains("access-flag=hardware"), "{error}");
+    }
+
+    #[test]
     fn names_are_those_of_the_mmu() {
+        for (name, choice) in ACCESS_FLAGS {
+            let fixed = AccessFlag::from_name(name).map(Choice::Fixed);
+            assert_eq!(fixed.unwrap_or(Choice::Auto), choice);
+        }
         for (name, policy) in POLICIES {
             assert_eq!(policy.name(), name);
         }

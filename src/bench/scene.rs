@@ -6,6 +6,7 @@ use alloc::sync::Arc;
 use alloc::vec;
 use alloc::vec::Vec;
 use core::fmt::Display;
+use core::mem::offset_of;
 
 use crate::addr::{Ipa, PAGE_BYTES, Pa, to_index};
 use crate::arch;
@@ -13,8 +14,8 @@ use crate::guest::abi::{self, op, status};
 use crate::mem::{self, frames};
 use crate::mmu::descriptor::Leaf;
 use crate::mmu::{
-    Bbm, Contents, Engine, Extent, Level, Locking, Memory, PageSet, Policy, SlotConfig, SlotId,
-    Splitting, Stage2, Tracking,
+    AccessFlag, Bbm, Contents, Engine, Extent, Level, Locking, Memory, PageSet, Policy, SlotConfig,
+    SlotId, Splitting, Stage2, Tracking,
 };
 use crate::sync::percpu;
 use crate::sync::quiescence::CpuId;
@@ -32,6 +33,8 @@ pub(super) struct Stage<'a> {
     pub(super) bbm: Vec<Bbm>,
     /// So are the engines, each with how writes are noticed.
     pub(super) trackers: Vec<(Engine, Tracking)>,
+    /// And who sets access flags.
+    pub(super) access_flag: AccessFlag,
 }
 
 /// A VM that differs from what the parameters say.
@@ -43,8 +46,16 @@ pub(super) struct Cast {
     pub(super) splitting: Splitting,
     pub(super) engine: Engine,
     pub(super) tracking: Tracking,
+    pub(super) access_flag: AccessFlag,
     /// Bytes of each vCPU's region.
     pub(super) region_bytes: u64,
+}
+
+/// Pages of a region, going on at its start where it ends.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(super) struct Part {
+    pub(super) first: u64,
+    pub(super) pages: u64,
 }
 
 /// A running VM whose vCPUs wait for operations.
@@ -100,6 +111,7 @@ impl Stage<'_> {
             ),
             engine,
             tracking,
+            access_flag: self.access_flag,
             region_bytes: self.params.mib << 20,
         }
     }
@@ -122,7 +134,7 @@ impl Stage<'_> {
             splitting: cast.splitting,
             engine: cast.engine,
             tracking: cast.tracking,
-            access_flag: self.host.auto_access_flag(),
+            access_flag: cast.access_flag,
             trust_hpfar: self.params.trust_hpfar,
             entry: Ipa::new(abi::IMAGE),
         };
@@ -215,6 +227,11 @@ fn keep_zeros(slot: &mut SlotConfig) {
 /// What a VM refuses, in the run's words.
 fn refused(error: impl Display) -> Refusal {
     format!("no VM: {error}")
+}
+
+/// Where a word of a vCPU's area is.
+fn area_word(vcpu: usize, offset: usize) -> Ipa {
+    Ipa::new(abi::area(vcpu as u64) + offset as u64)
 }
 
 /// The controller's position among the CPUs.
@@ -363,10 +380,49 @@ impl Scene {
             .sum())
     }
 
+    /// Has every vCPU store to `hot` and load from `warm` of its region, round after round, until [`Scene::end_run`].
+    pub(super) fn run_rounds(&self, hot: Part, warm: Part) -> Result<(), Refusal> {
+        self.set_stop(0)?;
+        for vcpu in 0..self.cast.vcpus {
+            let rounds = area_word(vcpu, offset_of!(abi::Area, rounds));
+            self.write(rounds, &0_u64.to_le_bytes())?;
+        }
+        let packed = |part: Part| part.first << 32 | part.pages;
+        let pages = self.cast.region_bytes / PAGE_BYTES;
+        self.post(|vcpu| Command {
+            op: op::ROUNDS,
+            args: [self.region(vcpu), pages, packed(hot), packed(warm), 0],
+        });
+        Ok(())
+    }
+
+    /// Rounds that the vCPU which has done fewest has done.
+    pub(super) fn rounds(&self) -> Result<u64, Refusal> {
+        self.least(offset_of!(abi::Area, rounds))
+    }
+
+    /// Operations that each vCPU has done.
+    pub(super) fn operations(&self) -> Result<u64, Refusal> {
+        self.least(offset_of!(abi::Area, operations))
+    }
+
+    /// The least of the words at `offset` of the areas.
+    fn least(&self, offset: usize) -> Result<u64, Refusal> {
+        let mut least = u64::MAX;
+        for vcpu in 0..self.cast.vcpus {
+            let mut bytes = [0; 8];
+            self.read(area_word(vcpu, offset), &mut bytes)?;
+            least = least.min(u64::from_le_bytes(bytes));
+        }
+        Ok(least)
+    }
+
     /// Tells all vCPUs to leave their free run, or lets them enter one.
     fn set_stop(&self, stop: u64) -> Result<(), Refusal> {
-        (0..self.cast.vcpus)
-            .try_for_each(|vcpu| self.write(Ipa::new(abi::area(vcpu as u64)), &stop.to_le_bytes()))
+        (0..self.cast.vcpus).try_for_each(|vcpu| {
+            let word = area_word(vcpu, offset_of!(abi::Area, stop));
+            self.write(word, &stop.to_le_bytes())
+        })
     }
 
     /// The guest's own log: one bit a page of the logged memory. Forgotten by the guest afterwards.

@@ -40,6 +40,10 @@ pub mod op {
     pub const AARCH32: u64 = 11;
     /// Null hypercalls: x1 how many.
     pub const HYPERCALLS: u64 = 9;
+    /// Round after round over two parts of a region, until told to stop: x1 first address of the region, x2 its pages, x3 the
+    /// part that is stored to and x4 the part that is loaded from, each first page << 32 | pages, going on at the region's
+    /// start where it ends. Rounds done are counted in [`super::Area::rounds`]. Result: rounds.
+    pub const ROUNDS: u64 = 12;
 }
 
 /// Flags of [`op::PASS`].
@@ -113,7 +117,7 @@ impl Params {
 #[derive(Debug)]
 #[repr(C)]
 pub struct Area {
-    /// Nonzero: leave [`op::FREE_RUN`]. Written by the hypervisor.
+    /// Nonzero: leave [`op::FREE_RUN`] or [`op::ROUNDS`]. Written by the hypervisor.
     pub stop: AtomicU64,
     /// MPIDR_EL1 of the vCPU, for those who send it interrupts.
     pub affinity: AtomicU64,
@@ -133,6 +137,10 @@ pub struct Area {
     pub ipi_number: AtomicU64,
     /// What the receiver's handler last saw there.
     pub ipi_seen: AtomicU64,
+    /// Operations done.
+    pub operations: AtomicU64,
+    /// Rounds done by the current [`op::ROUNDS`], or the last.
+    pub rounds: AtomicU64,
 }
 
 /// Address of the area of vCPU `index`.

@@ -47,6 +47,8 @@ extern "C" fn guest_main(index: u64) -> ! {
             [command[1], command[2], command[3], command[4], command[5]],
         );
         done.ticks = asm::counter() - start;
+        area.operations
+            .store(area.operations.load(Relaxed) + 1, Relaxed);
     }
 }
 
@@ -57,6 +59,7 @@ fn perform(op: u64, args: [u64; 5]) -> Done {
         op::START_OTHERS => Done::ok(start_others(), 0),
         op::PASS => pass::run(first, second, third, fourth, fifth),
         op::FREE_RUN => pass::free_run(first, second, third),
+        op::ROUNDS => pass::rounds(first, second, third, fourth),
         op::REPORT => uart::report(this_area(), first),
         op::TIMER_TEST => interrupts::timer_test(),
         op::IPI_SEND => interrupts::ipi_send(first),

@@ -120,3 +120,27 @@ pub(super) fn free_run(base: u64, pages: u64, seed: u64) -> Done {
     }
     Done::ok(stores, 0)
 }
+
+/// Stores to one part of a region and loads from another, round after round, until told to stop: see
+/// [`vellum::guest::abi::op::ROUNDS`].
+pub(super) fn rounds(base: u64, pages: u64, stored: u64, loaded: u64) -> Done {
+    let area = this_area();
+    let mut rounds = 0;
+    while area.stop.load(Relaxed) == 0 {
+        for address in part(base, pages, stored) {
+            asm::store(address, rounds);
+        }
+        for address in part(base, pages, loaded) {
+            asm::load(address);
+        }
+        rounds += 1;
+        area.rounds.store(rounds, Relaxed);
+    }
+    Done::ok(rounds, 0)
+}
+
+/// The addresses of a part's pages.
+fn part(base: u64, pages: u64, part: u64) -> impl Iterator<Item = u64> {
+    let (first, count) = (part >> 32, part & u64::from(u32::MAX));
+    (first..first + count).map(move |page| base + (page % pages << PAGE_SHIFT))
+}
