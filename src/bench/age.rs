@@ -34,11 +34,12 @@ const LOOK_NS: u64 = 50_000;
 /// Pages that are faulted in between two passes of case `faults`.
 const CHUNK_PAGES: u64 = 64;
 
-/// Counts that tell phases apart, with what their names end in.
-const EVENTS: [&str; 5] = [
-    "faults_access",
-    "faults_translation",
+/// What is counted of a phase.
+const PHASE: [&str; 2] = ["faults_access", "faults_translation"];
+/// What is counted of a pass.
+const PASS: [&str; 4] = [
     "descriptor_writes",
+    "tlbi_broadcast",
     "tlbi_vmid",
     "lock_acquired",
 ];
@@ -129,11 +130,11 @@ fn phase(scene: &Scene, row: Row, name: &str, percent: u64) -> Result<Row, Refus
     done?;
     let counts: Vec<_> = before.since().collect();
     let row = row.value(&format!("{name}_ns"), ns);
-    Ok(counted(row, name, &counts))
+    Ok(counted(row, name, &PHASE, &counts))
 }
 
-fn counted(row: Row, name: &str, counts: &[(&str, u64)]) -> Row {
-    EVENTS.iter().fold(row, |row, event| {
+fn counted(row: Row, name: &str, events: &[&str], counts: &[(&str, u64)]) -> Row {
+    events.iter().fold(row, |row, event| {
         row.value(&format!("{name}_{event}"), count(counts, event))
     })
 }
@@ -161,7 +162,7 @@ impl Mark {
             .value(&format!("{name}_ns"), self.ns)
             .value(&format!("{name}_leaves"), self.aged.leaves)
             .value(&format!("{name}_young"), self.aged.young);
-        counted(row, name, &self.counts)
+        counted(row, name, &PASS, &self.counts)
     }
 }
 
@@ -241,7 +242,7 @@ fn hot(stage: &Stage<'_>, cast: Cast, precision: Precision) -> Result<bool, Refu
     let mut sums = Comparison::default();
     let (mut pass_ns, mut leaves) = (0, 0);
     for _ in 0..HOT_PASSES {
-        await_rounds(&scene, scene.rounds()? + 2)?;
+        await_rounds(&scene, 2)?;
         let (young, mark) = young(&scene, precision);
         sums.add(Comparison::of(&hot, &young));
         pass_ns += mark.ns;
@@ -312,7 +313,8 @@ fn fault_in(scene: &Scene, aging: bool) -> Result<Populated, Refusal> {
         op: op::PASS,
         args: [scene.region(vcpu), pages, PAGE_BYTES, 100, 8],
     });
-    while scene.operations()? == done {
+    let running = |(now, done): (&u64, &u64)| now == done;
+    while scene.operations()?.iter().zip(&done).any(running) {
         if !aging {
             linger(LOOK_NS);
             continue;

@@ -123,9 +123,7 @@ fn case(stage: &Stage<'_>, cast: Cast, precision: Precision) -> Result<bool, Ref
         scene.run_rounds(hot, warm)?;
         await_rounds(&scene, 1)?;
         let pass = pass(&scene, &mut scan)?;
-        let began = scene.rounds()?;
-        // The round that was under way may have been past a page already.
-        await_rounds(&scene, began + 2)?;
+        await_rounds(&scene, 2)?;
         scene.end_run()?;
         for vcpu in 0..cast.vcpus as u64 {
             truth.use_part(vcpu, &scene, hot, number);
@@ -206,12 +204,14 @@ fn pass(scene: &Scene, scan: &mut Scan) -> Result<Pass, Refusal> {
     }
 }
 
-/// Waits until every vCPU has done `rounds` rounds.
+/// Waits until every vCPU has ended `rounds` rounds from now on. The first of them may have been past a page already.
 pub(super) fn await_rounds(scene: &Scene, rounds: u64) -> Result<(), Refusal> {
     let start = Moment::now();
-    while scene.rounds()? < rounds {
+    let before = scene.rounds()?;
+    let behind = |(now, before): (&u64, &u64)| *now < before + rounds;
+    while scene.rounds()?.iter().zip(&before).any(behind) {
         if start.elapsed_ns() > PATIENCE_NS {
-            return Err(format!("a vCPU has not done {rounds} rounds"));
+            return Err(format!("a vCPU does not do {rounds} rounds"));
         }
         arch::yield_now();
     }

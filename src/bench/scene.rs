@@ -396,25 +396,24 @@ impl Scene {
         Ok(())
     }
 
-    /// Rounds that the vCPU which has done fewest has done.
-    pub(super) fn rounds(&self) -> Result<u64, Refusal> {
-        self.least(offset_of!(abi::Area, rounds))
+    /// Rounds that each vCPU has done.
+    pub(super) fn rounds(&self) -> Result<Vec<u64>, Refusal> {
+        self.words(offset_of!(abi::Area, rounds))
     }
 
     /// Operations that each vCPU has done.
-    pub(super) fn operations(&self) -> Result<u64, Refusal> {
-        self.least(offset_of!(abi::Area, operations))
+    pub(super) fn operations(&self) -> Result<Vec<u64>, Refusal> {
+        self.words(offset_of!(abi::Area, operations))
     }
 
-    /// The least of the words at `offset` of the areas.
-    fn least(&self, offset: usize) -> Result<u64, Refusal> {
-        let mut least = u64::MAX;
-        for vcpu in 0..self.cast.vcpus {
+    /// The words at `offset` of the areas.
+    fn words(&self, offset: usize) -> Result<Vec<u64>, Refusal> {
+        let word = |vcpu| {
             let mut bytes = [0; 8];
             self.read(area_word(vcpu, offset), &mut bytes)?;
-            least = least.min(u64::from_le_bytes(bytes));
-        }
-        Ok(least)
+            Ok(u64::from_le_bytes(bytes))
+        };
+        (0..self.cast.vcpus).map(word).collect()
     }
 
     /// Tells all vCPUs to leave their free run, or lets them enter one.
