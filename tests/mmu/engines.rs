@@ -105,6 +105,31 @@ fn good_a_call_that_comes_too_early_prepares_and_says_so() {
 }
 
 #[test]
+fn good_memory_that_is_not_contiguous_is_swapped_by_tables() {
+    let rig = rig_of(Engine::Swap);
+    let vm = rig.vm();
+    vm.add_scattered_ram(RAM, 2, Level::L2);
+    for cpu in 1..4 {
+        rig.load(cpu, &vm);
+    }
+    for number in 0..1024 {
+        rig.read(1, page(number));
+    }
+    rig.enable(0, &vm, 0, false);
+    let prepared = rig.prepare(0, &vm).expect("frames");
+    assert_eq!((prepared.hot, prepared.cold), (2, 0), "{prepared:?}");
+    for number in [0, 255, 256, 1023] {
+        rig.write(2, page(number));
+        let closed = rig.close(0, &vm).expect("a logged slot");
+        assert_eq!(closed.engine, Engine::Swap);
+        assert_eq!(rig.harvest(0, &vm, 0), set([number]));
+        rig.read(3, page(number ^ 1));
+        rig.check(&vm);
+    }
+    rig.destroy(0, vm);
+}
+
+#[test]
 fn good_without_frames_for_a_spare_walk_stands_in_and_nothing_is_lost() {
     for short in 0..4 {
         for ask in [false, true] {

@@ -47,6 +47,8 @@ pub(crate) struct ModelSlot {
     pub(crate) pages: u64,
     pub(crate) writable: bool,
     pub(crate) pa: Pa,
+    /// Its memory is not contiguous: every other piece of this size is where its neighbour would be. 0: it is.
+    twist: u64,
     /// Writes that reached each page, by anybody.
     pub(crate) writes: RefCell<Vec<u64>>,
     /// While logging: what `writes` was when the page was last copied.
@@ -70,15 +72,33 @@ impl Vm {
     pub(crate) fn add_zeroed_ram(&self, ipa: u64, blocks: u64, max_leaf: Level) {
         let bytes = blocks * BLOCK_BYTES;
         let memory = Allocation::new(usize_of(bytes), usize_of(BLOCK_BYTES));
-        self.add(ipa, memory.pa(), bytes, max_leaf, true, Contents::Zero);
+        self.add(ipa, memory.pa(), bytes, max_leaf, true, Contents::Zero, 0);
+        self.memory.borrow_mut().push(memory);
+    }
+
+    /// As [`Vm::add_ram`], with memory of which no block is contiguous.
+    pub(crate) fn add_scattered_ram(&self, ipa: u64, blocks: u64, max_leaf: Level) {
+        let bytes = blocks * BLOCK_BYTES;
+        let memory = Allocation::new(usize_of(bytes), usize_of(BLOCK_BYTES));
+        let twist = BLOCK_BYTES / 2;
+        self.add(
+            ipa,
+            memory.pa(),
+            bytes,
+            max_leaf,
+            true,
+            Contents::Keep,
+            twist,
+        );
         self.memory.borrow_mut().push(memory);
     }
 
     /// Adds `bytes` of memory that nobody touches but the fake machine's guests.
     pub(crate) fn add_slot(&self, ipa: u64, pa: Pa, bytes: u64, max_leaf: Level, writable: bool) {
-        self.add(ipa, pa, bytes, max_leaf, writable, Contents::Keep);
+        self.add(ipa, pa, bytes, max_leaf, writable, Contents::Keep, 0);
     }
 
+    #[expect(clippy::too_many_arguments, reason = "what a slot is")]
     fn add(
         &self,
         ipa: u64,
@@ -87,10 +107,16 @@ impl Vm {
         max_leaf: Level,
         writable: bool,
         contents: Contents,
+        twist: u64,
     ) {
+        let piece = if twist == 0 { bytes } else { twist };
+        let backing = (0..bytes / piece).map(|index| Extent {
+            pa: Pa::new(pa.raw() + (index * piece ^ twist)),
+            bytes: piece,
+        });
         let config = SlotConfig {
             ipa: Ipa::new(ipa),
-            backing: vec![Extent { pa, bytes }],
+            backing: backing.collect(),
             max_leaf,
             memory: Memory::Normal,
             writable,
@@ -104,6 +130,7 @@ impl Vm {
             pages,
             writable,
             pa,
+            twist,
             writes: RefCell::new(vec![0; usize_of(pages)]),
             copied: RefCell::new(None),
             reportable: RefCell::default(),
@@ -125,8 +152,7 @@ impl Vm {
     /// The guest's access reached `pa`.
     pub(crate) fn reached(&self, ipa: Ipa, pa: Pa, access: Access) {
         let known = self.with_slot(ipa, |slot, page| {
-            let expected = slot.pa.raw() + (ipa.raw() - slot.ipa.raw());
-            assert_eq!(pa.raw(), expected, "{ipa} leads elsewhere");
+            assert_eq!(pa, slot.memory(ipa), "{ipa} leads elsewhere");
             if access == Access::Write {
                 assert!(slot.writable, "a read-only slot was written at {ipa}");
                 slot.writes.borrow_mut()[usize_of(page)] += 1;
@@ -153,6 +179,11 @@ impl Vm {
 impl ModelSlot {
     pub(crate) fn at(&self, page: u64) -> Ipa {
         Ipa::new(self.ipa.raw() + page * PAGE_BYTES)
+    }
+
+    /// The memory behind `ipa`.
+    pub(crate) fn memory(&self, ipa: Ipa) -> Pa {
+        Pa::new(self.pa.raw() + (ipa.raw() - self.ipa.raw() ^ self.twist))
     }
 
     pub(crate) fn page_of(&self, ipa: Ipa) -> Option<u64> {

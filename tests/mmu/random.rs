@@ -367,7 +367,11 @@ fn new_vm(rig: &Rig, random: &mut Random) -> Rc<Vm> {
     } else {
         Level::L3
     };
-    vm.add_ram(RAM, SLOT_BLOCKS, leaf, true);
+    if random.once_in(4) {
+        vm.add_scattered_ram(RAM, SLOT_BLOCKS, leaf);
+    } else {
+        vm.add_ram(RAM, SLOT_BLOCKS, leaf, true);
+    }
     vm.add_ram(READ_ONLY, SLOT_BLOCKS, leaf, false);
     vm
 }

@@ -508,9 +508,8 @@ impl Rig {
             for page in 0..slots[index].pages {
                 let at = usize_of(page);
                 if writes[at] != 0 && !recorded.contains(&page) {
-                    let memory = Pa::new(slots[index].pa.raw() + page * PAGE_BYTES);
-                    self.machine
-                        .assert_unwritable(slots[index].at(page), memory);
+                    let (slot, ipa) = (&slots[index], slots[index].at(page));
+                    self.machine.assert_unwritable(ipa, slot.memory(ipa));
                 }
                 let missed = writes[at] != copied[at] && !recorded.contains(&page) && !is_due(page);
                 assert!(
