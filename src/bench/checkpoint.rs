@@ -130,6 +130,7 @@ impl Run {
         let mut shadow = Shadow::new(scene.pages());
         shadow.copy_all(scene)?;
         let mut sums = Sums::default();
+        cycle::prepare(scene)?;
         let before = Counts::now();
         let start = Moment::now();
         scene.run_freely(stage.params.seed)?;

@@ -274,6 +274,9 @@ fn running(stage: &Stage<'_>, cast: Cast) -> Result<(), Refusal> {
     let mean = |of: fn(&Call) -> u64| calls.iter().map(of).sum::<u64>() / ROUNDS;
     let most = |of: fn(&Call) -> u64| calls.iter().map(of).max().unwrap_or(0);
     let sum = |event| calls.iter().map(|call| count(&call.counts, event)).sum();
+    let mut acks: Vec<u64> = calls.iter().map(|call| call.ack_ns).collect();
+    acks.sort_unstable();
+    let ack = |place: usize| acks.get(place).copied().unwrap_or(0);
     let work = |call: &Call| call.call_ns.saturating_sub(call.ack_ns);
     let row = row
         .value("rounds", ROUNDS)
@@ -281,6 +284,8 @@ fn running(stage: &Stage<'_>, cast: Cast) -> Result<(), Refusal> {
         .value("call_ns", mean(|call| call.call_ns))
         .value("call_max_ns", most(|call| call.call_ns))
         .value("ack_ns", mean(|call| call.ack_ns))
+        .value("ack_min_ns", ack(0))
+        .value("ack_median_ns", ack(acks.len() / 2))
         .value("ack_max_ns", most(|call| call.ack_ns))
         .value("call_without_ack_ns", mean(work))
         .value(

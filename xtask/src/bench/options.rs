@@ -52,7 +52,7 @@ pub(crate) struct Options {
         value_name = "MIB,.."
     )]
     pub(crate) slot_mib: Vec<u64>,
-    /// Memory that is mapped in suite protect [default: 256, 512, 1024; with --full 256 to 8192]
+    /// Memory that is mapped in suite protect [default: 256, 1024; with --full 4096 too]
     #[arg(long, value_delimiter = ',', value_name = "MIB,..", value_parser = clap::value_parser!(u64).range(2..))]
     pub(crate) mib: Vec<u64>,
     /// insn: nanoseconds are instructions; wall: CPUs run at the same time [default: both]
@@ -100,7 +100,7 @@ pub(crate) struct Options {
     /// Lengths of an epoch in suite checkpoint, in microseconds
     #[arg(long, value_delimiter = ',', default_value = "1000,10000,100000", value_name = "US,..", value_parser = clap::value_parser!(u32).range(1..=10_000_000))]
     pub(crate) epoch_us: Vec<u32>,
-    /// The sizes of the published measurements: 1 to 64 vCPUs; suite protect: up to 8 GiB
+    /// The sizes of the published measurements: 1 to 64 vCPUs; suite protect: up to 4 GiB
     #[arg(long)]
     pub(crate) full: bool,
 }

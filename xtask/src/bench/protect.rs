@@ -72,11 +72,13 @@ const WORK: [Column; 4] = [
     ("hot", "hot"),
     ("cold", "cold"),
 ];
-const RUNNING: [Column; 5] = [
+const RUNNING: [Column; 7] = [
     ("call", "call_ns"),
     ("longest", "call_max_ns"),
     ("kick to last ack", "ack_ns"),
-    ("longest ack", "ack_max_ns"),
+    ("least", "ack_min_ns"),
+    ("median", "ack_median_ns"),
+    ("most", "ack_max_ns"),
     ("call without", "call_without_ack_ns"),
 ];
 const RUNNING_COUNTS: [Column; 4] = [
@@ -127,8 +129,8 @@ fn job(options: &Options, board: &Board, timing: Timing, backing: &str) -> Resul
     };
     let sizes: &[u64] = match (timing, options.full) {
         _ if !options.mib.is_empty() => &options.mib,
-        (Timing::Insn, false) => &[256, 512, 1024],
-        (Timing::Insn, true) => &[256, 512, 1024, 2048, 4096, 8192],
+        (Timing::Insn, false) => &[256, 1024],
+        (Timing::Insn, true) => &[256, 1024, 4096],
         (Timing::Wall, false) => &[256],
         (Timing::Wall, true) => &[256, 1024],
     };
@@ -499,7 +501,7 @@ mod tests {
         for words in [
             "engine=walk,lazy,swap,pie",
             "tracking=fault,dbm",
-            "slot-mib=256,512,1024",
+            "slot-mib=256,1024",
             "vcpus=1 ",
         ] {
             assert!(all.iter().all(|append| append.contains(words)), "{all:?}");
