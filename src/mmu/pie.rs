@@ -89,7 +89,9 @@ impl Stage2 {
     }
 
     /// Gives the leaves of `pages`, which are one group, that still carry the index of `epoch` the read-only one. Nothing is
-    /// owed now: hardware has not let anybody write by that index since the call's invalidation.
+    /// owed now: hardware has not let anybody write by that index since the call's invalidation. A leaf that permits stores is
+    /// the current epoch's, whatever its index: of a slot whose log was ended and begun anew since nobody waits for this
+    /// harvest, and the ring may have come round.
     pub(crate) fn relabel_group(
         &self,
         cpu: CpuId,
@@ -132,7 +134,7 @@ fn relabel_slot(slot: &Slot, level: Level, rights: Rights, epoch: Epoch) -> Resu
         if found.is_table(level) {
             return Ok(Looked::Deeper);
         }
-        if !is_of(found, epoch) {
+        if !is_of(found, epoch) || rights.permits(found) {
             return Ok(Looked::Done);
         }
         match slot.compare_and_swap(found, rights.revoke(found, level)) {

@@ -63,6 +63,57 @@ impl Hardware {
     }
 }
 
+/// A page of memory, and the TLB of the CPU whose guest writes to it, with whatever entries a model needs.
+pub(crate) struct Cache<E>(Mutex<(Option<E>, u64)>);
+
+impl<E: Copy> Cache<E> {
+    /// A TLB that holds `entry`.
+    pub(crate) fn new(entry: Option<E>) -> Self {
+        Self(Mutex::new((entry, 0)))
+    }
+
+    /// A store by the guest: through the entry that it has, if `usable`, or by a walk that ends at what `walk` returns and
+    /// is cached. Whether it succeeded.
+    pub(crate) fn store(
+        &self,
+        usable: impl FnOnce(E) -> bool,
+        walk: impl FnOnce() -> Option<E>,
+        permits: impl FnOnce(E) -> bool,
+    ) -> bool {
+        let mut state = self.0.lock().unwrap();
+        let entry = state.0.filter(|entry| usable(*entry)).or_else(walk);
+        if entry.is_some() {
+            state.0 = entry;
+        }
+        let done = entry.is_some_and(permits);
+        state.1 += u64::from(done);
+        done
+    }
+
+    /// Hardware walks before anybody asks for it, and caches what `walk` returns.
+    pub(crate) fn fill(&self, walk: impl FnOnce() -> Option<E>) {
+        let mut state = self.0.lock().unwrap();
+        state.0 = walk();
+    }
+
+    /// A completed invalidation of the entries that are `hit`.
+    pub(crate) fn invalidate(&self, hit: impl FnOnce(E) -> bool) {
+        let mut state = self.0.lock().unwrap();
+        state.0 = state.0.filter(|entry| !hit(*entry));
+    }
+
+    /// Somebody other than the guest writes to the page.
+    pub(crate) fn write(&self, value: impl FnOnce(u64) -> u64) {
+        let mut state = self.0.lock().unwrap();
+        state.1 = value(state.1);
+    }
+
+    /// What a copy of the page made now holds.
+    pub(crate) fn copy(&self) -> u64 {
+        self.0.lock().unwrap().1
+    }
+}
+
 /// Whether an entry came from a page, not from a block.
 fn is_page(entry: Descriptor) -> bool {
     entry.is_table(Level::L2)
@@ -70,6 +121,11 @@ fn is_page(entry: Descriptor) -> bool {
 
 /// A leaf for the page, or for the block around it.
 pub(crate) fn leaf(write: bool, level: Level) -> Descriptor {
+    leaf_in(write, level, Permissions::Direct)
+}
+
+/// The same in a VM whose descriptors have these `permissions`.
+pub(crate) fn leaf_in(write: bool, level: Level, permissions: Permissions) -> Descriptor {
     let leaf = Leaf {
         to: Pa::new(0x8000_0000),
         memory: Memory::Normal,
@@ -81,7 +137,7 @@ pub(crate) fn leaf(write: bool, level: Level) -> Descriptor {
     };
     let format = Format {
         forced_write_back: false,
-        permissions: Permissions::Direct,
+        permissions,
     };
     Descriptor::leaf(&leaf, level, format)
 }

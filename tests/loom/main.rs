@@ -7,10 +7,12 @@
 //! Loom explores executions with at most three preemptions (`LOOM_MAX_PREEMPTIONS` overrides).
 #![cfg(loom)]
 
+mod acks;
 mod collapsing;
 mod dirty;
 mod freeing;
 mod hardware;
+mod pie;
 mod splitting;
 mod structure;
 mod summary;
@@ -18,7 +20,12 @@ mod vmid;
 
 /// Explores `body`.
 fn check(body: impl Fn() + Send + Sync + 'static) {
+    check_within(3, body);
+}
+
+/// Explores `body` with at most this many preemptions, where three take too long.
+fn check_within(preemptions: usize, body: impl Fn() + Send + Sync + 'static) {
     let mut model = loom::model::Builder::new();
-    model.preemption_bound = model.preemption_bound.or(Some(3));
+    model.preemption_bound = model.preemption_bound.or(Some(preemptions));
     model.check(body);
 }
