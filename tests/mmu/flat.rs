@@ -111,7 +111,7 @@ impl Vm {
     ) {
         let piece = if twist == 0 { bytes } else { twist };
         let backing = (0..bytes / piece).map(|index| Extent {
-            pa: Pa::new(pa.raw() + (index * piece ^ twist)),
+            pa: Pa::new(pa.raw() + ((index * piece) ^ twist)),
             bytes: piece,
         });
         let config = SlotConfig {
@@ -183,7 +183,7 @@ impl ModelSlot {
 
     /// The memory behind `ipa`.
     pub(crate) fn memory(&self, ipa: Ipa) -> Pa {
-        Pa::new(self.pa.raw() + (ipa.raw() - self.ipa.raw() ^ self.twist))
+        Pa::new(self.pa.raw() + ((ipa.raw() - self.ipa.raw()) ^ self.twist))
     }
 
     pub(crate) fn page_of(&self, ipa: Ipa) -> Option<u64> {

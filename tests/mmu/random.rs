@@ -425,24 +425,24 @@ fn good_random_programs_of_one_vm_report_exactly_what_was_written() {
 
 #[test]
 fn good_random_programs_with_engine_lazy() {
-    run(40, 300, Kind::of(Engine::Lazy));
+    run(24, 300, Kind::of(Engine::Lazy));
 }
 
 #[test]
 fn good_random_programs_with_engine_swap() {
-    run(40, 300, Kind::of(Engine::Swap));
+    run(24, 300, Kind::of(Engine::Swap));
 }
 
 #[test]
 fn good_random_programs_with_engine_pie() {
-    run(40, 300, Kind::of(Engine::Pie));
+    run(24, 300, Kind::of(Engine::Pie));
 }
 
 #[test]
 fn good_random_programs_with_tracking_dbm() {
     let tracking = Tracking::Dbm;
     run(
-        40,
+        24,
         300,
         Kind {
             tracking,
@@ -459,7 +459,7 @@ fn good_random_programs_of_many_vms_survive_vmid_rollover() {
             vmid_bits: 3,
             ..Kind::of(engine)
         };
-        run(8, 300, kind);
+        run(5, 300, kind);
     }
 }
 

@@ -70,6 +70,25 @@ fn bad_swap_under_one_vmid_is_caught() {
 }
 
 #[test]
+fn bad_vmid_given_to_another_root_while_a_sleeper_holds_it_is_caught() {
+    for rests_on_idle_root in [false, true] {
+        let machine = guest_with_spare();
+        machine.leave_guest(1);
+        if rests_on_idle_root {
+            machine.load_vttbr(1, 0);
+        }
+        machine.load_vttbr(0, 0);
+        invalidate_vmid(VTTBR);
+        replace(&machine, [0], VMID << 48 | OTHER_ROOT);
+        let expected: &[_] = match rests_on_idle_root {
+            false => &[Violation::VmidWithTwoRoots { vmid: 5 }],
+            true => &[],
+        };
+        assert_eq!(machine.violations(), expected);
+    }
+}
+
+#[test]
 fn bad_harvest_before_the_last_cpu_left_the_root_is_caught() {
     let machine = guest_with_spare();
     replace(&machine, [0], OTHER_VTTBR);

@@ -142,7 +142,10 @@ impl State {
             cpus: 0,
             rights: BTreeMap::new(),
         });
-        let mixed = context.root != root && context.cpus != 0;
+        let other = |at: u64| vmid_of(at) == vmid && base_of(at) != root && base_of(at) != 0;
+        // One that sleeps at EL2 with another root has nothing cached, and is about to (rule 21).
+        let named = self.cpus.iter().any(|cpu| other(cpu.vttbr));
+        let mixed = named || context.root != root && context.cpus != 0;
         context.root = root;
         context.cpus |= 1 << cpu;
         if mixed {
