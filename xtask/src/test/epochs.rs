@@ -42,6 +42,14 @@ impl Table<'_> {
                 let name = format!("{epochs} epochs report what was written, {engine}, {model}");
                 cases.push(self.epoch(name, model, append, epochs_are_exact));
             }
+            for suite in ["verify iterations=3 rounds=8", "churn seconds=2"] {
+                for words in engines {
+                    let append = format!("suite={suite} vcpus=3 mib=4 backing=2m {words}");
+                    let suite = suite.split(' ').next().unwrap_or_default();
+                    let name = format!("suite {suite} loses nothing with {words}, {model}");
+                    cases.push(self.epoch(name, model, append, nothing_lost));
+                }
+            }
             let engines = names(engines);
             for backing in ["4k", "2m"] {
                 let append = format!(
@@ -51,14 +59,6 @@ impl Table<'_> {
                     format!("a call costs what its engine says, leaves of {backing}, {model}");
                 let case = self.epoch(name, model, append, calls_are_as_promised);
                 cases.push(timed(case));
-            }
-            for suite in ["verify iterations=3 rounds=8", "churn seconds=2"] {
-                for engine in engines.split(',') {
-                    let append = format!("suite={suite} vcpus=3 mib=4 backing=2m engine={engine}");
-                    let suite = suite.split(' ').next().unwrap_or_default();
-                    let name = format!("suite {suite} loses nothing with engine {engine}, {model}");
-                    cases.push(self.epoch(name, model, append, nothing_lost));
-                }
             }
         }
         let entries = "suite=protect timing=insn vcpus=1 slot-mib=1024,16384 stride=1g backing=2m engine=walk,lazy,swap,pie";
