@@ -1,16 +1,20 @@
 //! Suite `checkpoint`: how much slower a guest is while checkpoint after checkpoint is taken of it, over the length of an
 //! epoch.
 //!
-//! Every vCPU stores at random, first alone, then while the controller ends an epoch, harvests it, copies what was written
+//! Under `insn`, where CPUs take turns, an epoch is as many random passes as take its length alone, and what is compared is
+//! the instructions that the guest's CPUs spend on them. Otherwise every vCPU stores at random, first alone, then while the controller ends an epoch, harvests it, copies what was written
 //! and prepares the next, again and again. At the end the copy must equal the guest's memory byte for byte.
 
 use alloc::vec::Vec;
 
 use crate::addr::PAGE_BYTES;
+use crate::guest::abi::{flags, op};
+use crate::vm::Command;
 
 use super::Refusal;
-use super::clock::{Counts, Moment, timed};
+use super::clock::{Counts, Moment, nanoseconds, timed};
 use super::cycle::{self, Oddities, count};
+use super::params::Timing;
 use super::protect::linger;
 use super::report::progress;
 use super::scene::{Cast, Scene, Stage, cpu};
@@ -66,7 +70,10 @@ pub(super) fn run(stage: &Stage<'_>) -> Result<bool, Refusal> {
                 cast.tracking.name()
             ),
         );
-        good &= case(stage, *cast)?;
+        good &= match params.timing {
+            Timing::Insn => counted(stage, *cast)?,
+            Timing::Wall | Timing::Hw => case(stage, *cast)?,
+        };
     }
     progress(casts.len(), casts.len(), format_args!("checkpoint: done"));
     Ok(good)
@@ -87,6 +94,62 @@ fn case(stage: &Stage<'_>, cast: Cast) -> Result<bool, Refusal> {
     }
     scene.close();
     Ok(good)
+}
+
+/// The same with instructions counted: the vCPUs sleep while an epoch ends.
+fn counted(stage: &Stage<'_>, cast: Cast) -> Result<bool, Refusal> {
+    let scene = logged(stage, cast, false)?;
+    let failed = |error| alloc::format!("dirty logging: {error}");
+    let disabled = scene.stage2().disable_logging(cpu(), scene.data);
+    disabled.map_err(failed)?;
+    let pass_ns = pass(&scene, 0)?;
+    let enabled = scene.stage2().enable_logging(cpu(), scene.data, false);
+    enabled.map_err(failed)?;
+    let stores = cast.region_bytes / PAGE_BYTES * cast.vcpus as u64;
+    let mut good = true;
+    for &epoch_us in &stage.params.epoch_us {
+        let passes = (epoch_us * 1000 / pass_ns.max(1)).max(1);
+        let mut shadow = Shadow::new(scene.pages());
+        shadow.copy_all(&scene)?;
+        let mut sums = Sums::default();
+        let mut elapsed_ns = 0;
+        cycle::prepare(&scene)?;
+        let before = Counts::now();
+        for epoch in 1..=stage.params.epochs {
+            for number in 1..=passes {
+                elapsed_ns += pass(&scene, epoch * passes + number)?;
+            }
+            sums.turn(&scene, &mut shadow)?;
+        }
+        let run = Run {
+            counts: before.since().collect(),
+            elapsed_ns,
+            stores: stores * passes * sums.epochs,
+            sums,
+            lost: shadow.differing(&scene)?,
+        };
+        run.told(stage, &scene, epoch_us, a_second(stores, pass_ns));
+        good &= run.lost == 0;
+    }
+    scene.close();
+    Ok(good)
+}
+
+/// Has every vCPU store to as many pages as it has, at random; the time on their CPUs.
+fn pass(scene: &Scene, seed: u64) -> Result<u64, Refusal> {
+    let steps = scene.cast.region_bytes / PAGE_BYTES;
+    let outcomes = scene.perform(|vcpu| Command {
+        op: op::PASS,
+        args: [
+            scene.region(vcpu),
+            steps,
+            PAGE_BYTES,
+            100 | flags::RANDOM,
+            (seed & u64::from(u32::MAX)) << 32 | 1,
+        ],
+    })?;
+    let ticks = outcomes.iter().map(|outcome| outcome.ticks).sum();
+    Ok(nanoseconds(ticks))
 }
 
 /// Lets the vCPUs run through a few long epochs: an emulator fits its TLB to what is used when it is invalidated.

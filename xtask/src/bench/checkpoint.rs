@@ -6,7 +6,7 @@ use anyhow::Result;
 use super::options::Options;
 use super::protect::{engine, possible};
 use super::rows::{cell, distinct};
-use super::{Job, Row};
+use super::{Job, Row, unit};
 use crate::board::Board;
 use crate::machine::Timing;
 use crate::plot::{Chart, Series};
@@ -33,58 +33,72 @@ const COLUMNS: [Column; 14] = [
 ];
 const LINE: [&str; 5] = ["engine", "leaves", "vCPUs", "epoch, us", "slower by, %"];
 
-/// One boot with real concurrency; without it nobody runs meanwhile.
+/// One vCPU with instructions counted, and as many as were asked for with real concurrency.
 pub(super) fn jobs(options: &Options, board: &Board) -> Result<Vec<Job>> {
     let mut options = possible(options, board);
     if options.backing.is_empty() {
         options.backing = vec!["2m".to_owned()];
     }
-    let vcpus = match options.vcpus.is_empty() {
-        true => vec![1],
-        false => options.vcpus(),
+    let job = |timing: Timing| {
+        let vcpus = match timing {
+            Timing::Insn => vec![1],
+            Timing::Wall if options.vcpus.is_empty() => vec![1],
+            Timing::Wall => options.vcpus(),
+        };
+        let most = vcpus.iter().copied().max().unwrap_or(1);
+        let guest_mib = u64::from(most) * options.mib_per_vcpu;
+        let machine = options.machine(board, most, guest_mib, timing)?;
+        let lengths: Vec<String> = options.epoch_us.iter().map(u32::to_string).collect();
+        Ok(Job {
+            title: format!("{}, timing {}", machine.cpu, timing.name()),
+            append: format!(
+                "{} epochs={} epoch-us={}",
+                options.append("checkpoint", &vcpus, timing),
+                options.epochs,
+                lengths.join(",")
+            ),
+            machine,
+        })
     };
-    let most = vcpus.iter().copied().max().unwrap_or(1);
-    let guest_mib = u64::from(most) * options.mib_per_vcpu;
-    let machine = options.machine(board, most, guest_mib, Timing::Wall)?;
-    let lengths: Vec<String> = options.epoch_us.iter().map(u32::to_string).collect();
-    Ok(vec![Job {
-        title: format!("{}, up to {most} vCPUs", machine.cpu),
-        append: format!(
-            "{} epochs={} epoch-us={}",
-            options.append("checkpoint", &vcpus, Timing::Wall),
-            options.epochs,
-            lengths.join(",")
-        ),
-        machine,
-    }])
+    options.timing().into_iter().map(job).collect()
 }
 
 /// A line for each engine and length.
 pub(super) fn report(rows: &[Row]) -> String {
-    let Some(first) = rows.first() else {
-        return String::new();
-    };
-    let mut heading = LINE.to_vec();
-    heading.extend(COLUMNS.iter().map(|(name, ..)| *name));
-    let mut table = Table::new(&heading);
-    for row in rows {
-        let mut cells = vec![
-            engine(row),
-            row.param("backing"),
-            row.param("vcpus"),
-            row.param("epoch_us"),
-            cell(slower(row)),
-        ];
-        let column = |(_, key, scale): &Column| cell(row.value(key).map(|it| it / scale));
-        cells.extend(COLUMNS.iter().map(column));
-        table.row(cells);
+    let mut text = String::new();
+    for timing in [Timing::Insn, Timing::Wall] {
+        let mut of = rows
+            .iter()
+            .filter(|row| row.timing == timing.name())
+            .peekable();
+        let Some(first) = of.peek() else {
+            continue;
+        };
+        text += &format!(
+            "\ncheckpoint, timing {}, {}\n{} MiB a vCPU, which store at random; means of an epoch, {}\n",
+            timing.name(),
+            first.machine_words(),
+            first.param("mib_per_vcpu"),
+            unit(timing).0
+        );
+        let mut heading = LINE.to_vec();
+        heading.extend(COLUMNS.iter().map(|(name, ..)| *name));
+        let mut table = Table::new(&heading);
+        for row in of {
+            let mut cells = vec![
+                engine(row),
+                row.param("backing"),
+                row.param("vcpus"),
+                row.param("epoch_us"),
+                cell(slower(row)),
+            ];
+            let column = |(_, key, scale): &Column| cell(row.value(key).map(|it| it / scale));
+            cells.extend(COLUMNS.iter().map(column));
+            table.row(cells);
+        }
+        text += &table.left(&[0, 1]).to_string();
     }
-    format!(
-        "\ncheckpoint, timing wall, {}\n{} MiB a vCPU, which store at random; means of an epoch, microseconds\n{}",
-        first.machine_words(),
-        first.param("mib_per_vcpu"),
-        table.left(&[0, 1])
-    )
+    text
 }
 
 /// Percent of its stores that the guest loses.
@@ -96,21 +110,34 @@ fn slower(row: &Row) -> Option<f64> {
 /// The guest's loss over the length of an epoch, a line for each engine.
 pub(super) fn charts(rows: &[Row]) -> Vec<Chart> {
     let name = |row: &Row| format!("{}, {} vCPUs", engine(row), row.param("vcpus"));
-    let of = |wanted: String| {
-        let points = rows.iter().filter(|row| name(row) == wanted);
-        // Below nothing is noise.
-        let point = |row: &Row| Some((row.param("epoch_us"), slower(row)?.max(0.0)));
-        Series {
-            points: points.filter_map(point).collect(),
-            name: wanted,
+    let chart = |timing: Timing| {
+        let of: Vec<Row> = rows
+            .iter()
+            .filter(|row| row.timing == timing.name())
+            .cloned()
+            .collect();
+        let line = |wanted: String| {
+            let points = of.iter().filter(|row| name(row) == wanted);
+            // Below nothing is noise.
+            let point = |row: &Row| Some((row.param("epoch_us"), slower(row)?.max(0.0)));
+            Series {
+                points: points.filter_map(point).collect(),
+                name: wanted,
+            }
+        };
+        Chart {
+            title: format!(
+                "checkpoints while the guest stores, timing {}",
+                timing.name()
+            ),
+            x: "epoch, microseconds".into(),
+            y: "slower by, %".into(),
+            series: distinct(&of, name).into_iter().map(line).collect(),
         }
     };
-    vec![Chart {
-        title: "checkpoints while the guest stores".into(),
-        x: "epoch, microseconds".into(),
-        y: "slower by, %".into(),
-        series: distinct(rows, name).into_iter().map(of).collect(),
-    }]
+    let timings = [Timing::Insn, Timing::Wall].into_iter();
+    let measured = |timing: &Timing| rows.iter().any(|row| row.timing == timing.name());
+    timings.filter(measured).map(chart).collect()
 }
 
 #[cfg(test)]
@@ -122,13 +149,15 @@ mod tests {
     use crate::machine::Timing;
 
     #[test]
-    fn one_boot_with_every_length() {
+    fn every_length_under_both_timings() {
         let board = Board::qemu_virt().expect("the board file is read");
         let words = ["--epoch-us", "500,2000", "--epochs", "7"];
         let jobs = jobs(&options(&words).expect("good options"), &board).expect("they fit");
-        assert_eq!(jobs.len(), 1);
-        assert!(jobs[0].append.ends_with("epochs=7 epoch-us=500,2000"));
-        assert_eq!(jobs[0].machine.timing, Timing::Wall);
+        assert_eq!(jobs.len(), 2);
+        assert!(
+            jobs.iter()
+                .all(|job| job.append.ends_with("epochs=7 epoch-us=500,2000"))
+        );
     }
 
     #[test]
