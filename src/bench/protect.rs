@@ -60,6 +60,9 @@ struct Stopped {
     stride: u64,
     sums: Comparison,
     oddities: Oddities,
+    /// Calls, and what they took together.
+    calls: u64,
+    calls_ns: u64,
 }
 
 /// Counts of a call that are reported, with their names.
@@ -132,6 +135,8 @@ fn stopped(stage: &Stage<'_>, cast: Cast) -> Result<bool, Refusal> {
         stride: stage.params.stride,
         sums: Comparison::default(),
         oddities: Oddities::default(),
+        calls: 0,
+        calls_ns: 0,
     };
     it.prepare()?;
     it.pass(Pass::Write)?;
@@ -148,6 +153,7 @@ fn stopped(stage: &Stage<'_>, cast: Cast) -> Result<bool, Refusal> {
     let row = row(stage, "stopped", &it.scene)
         .value("root_entries", root_entries(&it.scene))
         .value("call_ns", read.call.call_ns)
+        .value("call_mean_ns", it.calls_ns / it.calls)
         .value("call_first_ns", first.call.call_ns)
         .value("call_1pct_ns", after_few.call.call_ns)
         .value("call_idle_ns", cold.call.call_ns)
@@ -182,6 +188,8 @@ impl Stopped {
     fn turn(&mut self, after: Option<Pass>) -> Result<Turn, Refusal> {
         let call = cycle::call(&self.scene)?;
         self.oddities.note(&self.scene, &call);
+        self.calls += 1;
+        self.calls_ns += call.call_ns;
         let written = self.scene.take_write_log()?;
         let pass = after.map(|pass| self.pass(pass)).transpose()?;
         let (reported, harvest_ns) = cycle::harvest(&self.scene, &call)?;
