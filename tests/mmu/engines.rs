@@ -377,3 +377,47 @@ fn good_unmapped_memory_is_reached_by_neither_root() {
         rig.destroy(0, vm);
     }
 }
+
+/// A page that is touched for the first time in the middle of the call, and written, is not zeroed again when it is next
+/// touched under the other root.
+#[test]
+fn good_a_page_first_touched_in_the_middle_of_a_swap_keeps_what_was_written() {
+    const MARK: u64 = 7;
+    let plan = Plan {
+        engine: Engine::Swap,
+        ..Plan::default()
+    };
+    for prepared in [false, true] {
+        crate::events::at_each(
+            plan,
+            |event| *event != Event::Yield && crate::events::is_notable(event),
+            move |rig| {
+                let vm = rig.vm();
+                vm.add_zeroed_ram(RAM, 1, Level::L3);
+                rig.load(1, &vm);
+                rig.enable(0, &vm, 0, false);
+                rig.write(1, page(3));
+                if prepared {
+                    rig.prepare(0, &vm).expect("frames");
+                }
+                vm
+            },
+            |rig, vm| {
+                let inside = rig.machine.current() == 1;
+                if !inside && rig.attempt(1, page(9), Access::Write, 3).is_some() {
+                    vm.word(page(9)).store(MARK, Ordering::Relaxed);
+                }
+            },
+            |rig, vm| {
+                rig.next_epoch(0, vm, 0);
+                let written = vm.word(page(9)).load(Ordering::Relaxed) == MARK;
+                rig.read(1, page(9));
+                rig.next_epoch(0, vm, 0);
+                rig.read(1, page(9));
+                let left = vm.word(page(9)).load(Ordering::Relaxed);
+                let was_lost = vm.slots.borrow()[0].writes.borrow()[9] != 0 && left != MARK;
+                assert!(!was_lost && (!written || left == MARK), "zeroed again");
+            },
+        );
+    }
+}

@@ -3,6 +3,7 @@
 use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::cell::RefCell;
 use std::collections::BTreeSet;
+use std::sync::atomic::AtomicU64;
 
 use vellum::addr::{Ipa, PAGE_BYTES, Pa};
 use vellum::mmu::{Access, Contents, Extent, Level, Memory, SlotConfig, SlotId, Stage2};
@@ -136,6 +137,14 @@ impl Vm {
             reportable: RefCell::default(),
             closing: RefCell::default(),
         });
+    }
+
+    /// The first word of the page at `ipa`, which is RAM that was added here.
+    pub(crate) fn word(&self, ipa: Ipa) -> &AtomicU64 {
+        let pa = self.with_slot(ipa, |slot, _| slot.memory(ipa));
+        let at = usize_of(pa.expect("a slot").raw());
+        // SAFETY: The memory behind a slot lives as long as `self`, and is as aligned as a page.
+        unsafe { &*std::ptr::with_exposed_provenance::<AtomicU64>(at) }
     }
 
     /// Calls `work` with the slot and page that hold `ipa`.
