@@ -3,10 +3,13 @@
 //!
 //! Names are checked before anything is built; nothing is written before every run of a suite has ended well.
 
+mod age;
+mod aging;
 mod checkpoint;
 mod dirty;
 mod fault;
 mod get;
+mod heat;
 mod options;
 mod protect;
 mod rows;
@@ -25,7 +28,7 @@ use crate::board::Board;
 use crate::image::{self, Image, Profile};
 use crate::machine::{Machine, Timing};
 use crate::paths;
-use crate::plot::{self, Chart};
+use crate::plot::{self, Panel};
 use crate::qemu::{Launch, Qemu};
 use crate::setup;
 use crate::uart::{Line, Record};
@@ -38,7 +41,8 @@ pub(crate) struct Args {
     /// dirty: the phases of dirty logging; fault: instructions of one write fault, over CPU models; get: cost of reading
     /// few dirty pages of large slots; starve: how long the exclusive side of the MMU lock waits for faulting vCPUs; split: splitting blocks by
     /// faults and eagerly, at break-before-make levels 2 and 0, and what vCPUs notice of it; protect: protecting all memory at
-    /// once, over engines and amounts of memory; checkpoint: how much slower a guest is while epoch after epoch is harvested
+    /// once, over engines and amounts of memory; checkpoint: how much slower a guest is while epoch after epoch is harvested; age: marking
+    /// memory idle, and what it costs those who use it; heat: which memory is hot, beside what the guest is known to do
     #[arg(default_value = "dirty", value_name = "SUITE")]
     suites: Vec<Suite>,
     #[command(flatten)]
@@ -66,6 +70,8 @@ pub(crate) enum Suite {
     Split,
     Protect,
     Checkpoint,
+    Age,
+    Heat,
 }
 
 /// One boot.
@@ -77,7 +83,7 @@ pub(crate) struct Job {
 }
 
 impl Suite {
-    const ALL: [Self; 7] = [
+    const ALL: [Self; 9] = [
         Self::Dirty,
         Self::Fault,
         Self::Get,
@@ -85,6 +91,8 @@ impl Suite {
         Self::Split,
         Self::Protect,
         Self::Checkpoint,
+        Self::Age,
+        Self::Heat,
     ];
 
     fn name(self) -> &'static str {
@@ -96,6 +104,8 @@ impl Suite {
             Self::Split => "split",
             Self::Protect => "protect",
             Self::Checkpoint => "checkpoint",
+            Self::Age => "age",
+            Self::Heat => "heat",
         }
     }
 
@@ -108,6 +118,8 @@ impl Suite {
             Self::Split => split::jobs(options, board),
             Self::Protect => protect::jobs(options, board),
             Self::Checkpoint => checkpoint::jobs(options, board),
+            Self::Age => age::jobs(options, board),
+            Self::Heat => heat::jobs(options, board),
         }
     }
 
@@ -120,11 +132,13 @@ impl Suite {
             Self::Split => split::report(rows),
             Self::Protect => protect::report(rows),
             Self::Checkpoint => checkpoint::report(rows),
+            Self::Age => age::report(rows),
+            Self::Heat => heat::report(rows),
         }
     }
 
-    fn charts(self, rows: &[Row]) -> Vec<Chart> {
-        match self {
+    fn panels(self, rows: &[Row]) -> Vec<Panel> {
+        let charts = match self {
             Self::Dirty => dirty::charts(rows),
             Self::Fault => fault::charts(rows),
             Self::Get => get::charts(rows),
@@ -132,7 +146,10 @@ impl Suite {
             Self::Split => split::charts(rows),
             Self::Protect => protect::charts(rows),
             Self::Checkpoint => checkpoint::charts(rows),
-        }
+            Self::Age => age::charts(rows),
+            Self::Heat => return heat::panels(rows),
+        };
+        charts.into_iter().map(Panel::Lines).collect()
     }
 }
 
@@ -170,7 +187,7 @@ pub(crate) fn main(args: &Args) -> Result<ExitCode> {
         )?;
         let plot = paths::target(&format!("bench/{}.svg", suite.name()));
         let data = paths::target(&format!("bench/{}.json", suite.name()));
-        paths::write(&plot, plot::svg(&suite.charts(&rows))?)?;
+        paths::write(&plot, plot::svg(&suite.panels(&rows))?)?;
         paths::write(&data, rows::json(&rows)?)?;
         if !quiet {
             print!("{}", suite.report(&rows));

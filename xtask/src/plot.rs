@@ -1,4 +1,6 @@
-//! Charts as one SVG: lines over named places on the horizontal axis, side by side in two columns.
+//! Charts as one SVG: lines over named places on the horizontal axis, and maps, side by side in two columns.
+
+mod map;
 
 use anyhow::{Result, anyhow};
 use plotters::backend::SVGBackend;
@@ -8,6 +10,8 @@ use plotters::drawing::{DrawingArea, IntoDrawingArea as _};
 use plotters::element::{Circle, PathElement};
 use plotters::series::LineSeries;
 use plotters::style::{BLACK, Color as _, RGBColor, WHITE};
+
+pub(crate) use map::Map;
 
 /// A line through named places.
 #[derive(Clone, Debug, PartialEq)]
@@ -25,6 +29,13 @@ pub(crate) struct Chart {
     pub(crate) series: Vec<Series>,
 }
 
+/// Part of a picture.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Panel {
+    Lines(Chart),
+    Map(Map),
+}
+
 const WIDTH: u32 = 480;
 const HEIGHT: u32 = 320;
 /// Told apart also without colour vision.
@@ -39,10 +50,10 @@ const COLOURS: [RGBColor; 6] = [
 
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
-/// All charts in one picture.
-pub(crate) fn svg(charts: &[Chart]) -> Result<String> {
-    let columns = charts.len().clamp(1, 2);
-    let lines = charts.len().div_ceil(columns).max(1);
+/// All panels in one picture.
+pub(crate) fn svg(panels: &[Panel]) -> Result<String> {
+    let columns = panels.len().clamp(1, 2);
+    let lines = panels.len().div_ceil(columns).max(1);
     let size = (
         WIDTH * u32::try_from(columns)?,
         HEIGHT * u32::try_from(lines)?,
@@ -52,8 +63,11 @@ pub(crate) fn svg(charts: &[Chart]) -> Result<String> {
         let root = SVGBackend::with_string(&mut text, size).into_drawing_area();
         let failed = |error| anyhow!("cannot draw: {error:?}");
         root.fill(&WHITE).map_err(failed)?;
-        for (area, chart) in root.split_evenly((lines, columns)).iter().zip(charts) {
-            draw(area, chart)?;
+        for (area, panel) in root.split_evenly((lines, columns)).iter().zip(panels) {
+            match panel {
+                Panel::Lines(chart) => draw(area, chart)?,
+                Panel::Map(map) => map::draw(area, map)?,
+            }
         }
         root.present().map_err(failed)?;
     }
@@ -149,9 +163,9 @@ fn positions(places: &[&str], line: &Series) -> Result<Vec<(f64, f64)>> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Chart, Series, place_at, svg};
+    use super::{Chart, Map, Panel, Series, place_at, svg};
 
-    fn chart(name: &str, points: &[(&str, f64)]) -> Chart {
+    fn chart(name: &str, points: &[(&str, f64)]) -> Panel {
         let points = points
             .iter()
             .map(|&(place, value)| (place.to_owned(), value))
@@ -160,12 +174,12 @@ mod tests {
             name: name.into(),
             points,
         }];
-        Chart {
+        Panel::Lines(Chart {
             title: "a chart".into(),
             x: "vCPUs".into(),
             y: "ms".into(),
             series,
-        }
+        })
     }
 
     #[test]
@@ -191,6 +205,25 @@ mod tests {
         ] {
             assert!(svg(&charts).expect("it is drawn").contains("<svg"));
         }
+    }
+
+    #[test]
+    fn a_map_is_drawn_with_its_ages() {
+        let map = |rows| {
+            Panel::Map(Map {
+                title: "ages".into(),
+                x: "MiB".into(),
+                y: "pass".into(),
+                x_step: 2,
+                rows,
+            })
+        };
+        let text = svg(&[map(vec![vec![Some(0), None], vec![Some(40), Some(3)]])]);
+        let text = text.expect("it is drawn");
+        for word in ["ages", "MiB", "pass", "32+", "#7A0403"] {
+            assert!(text.contains(word), "{word}");
+        }
+        assert!(svg(&[map(vec![])]).expect("it is drawn").contains("<svg"));
     }
 
     #[test]

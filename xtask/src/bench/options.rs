@@ -4,6 +4,7 @@ use std::str::FromStr;
 
 use anyhow::{Result, bail};
 
+use super::aging::Aging;
 use crate::board::Board;
 use crate::machine::{Machine, Timing};
 
@@ -103,6 +104,8 @@ pub(crate) struct Options {
     /// The sizes of the published measurements: 1 to 64 vCPUs; suite protect: up to 4 GiB
     #[arg(long)]
     pub(crate) full: bool,
+    #[command(flatten)]
+    pub(crate) aging: Aging,
 }
 
 /// A locking mode by name.
