@@ -15,6 +15,11 @@ impl Moment {
         Self(arch::counter())
     }
 
+    /// Nanoseconds from `earlier` to this.
+    pub(super) fn since_ns(self, earlier: Self) -> u64 {
+        nanoseconds(self.0.wrapping_sub(earlier.0))
+    }
+
     /// Nanoseconds since.
     pub(super) fn elapsed_ns(self) -> u64 {
         nanoseconds(arch::counter().wrapping_sub(self.0))

@@ -17,7 +17,7 @@ use crate::addr::{PAGE_BYTES, to_index};
 use crate::arch;
 use crate::guest::abi::{self, op};
 use crate::mmu::heat::IdleMap;
-use crate::mmu::{Aged, Pace, Precision, Scan, Step};
+use crate::mmu::{Aged, Error, Pace, Precision, Scan, Step};
 use crate::vm::Command;
 
 use super::Refusal;
@@ -51,6 +51,8 @@ struct Truth {
 /// One pass of the scan.
 struct Pass {
     aged: Aged,
+    /// When its first step began.
+    began: Moment,
     /// Time it took, waiting for its turn included.
     ns: u64,
     /// Time in steps.
@@ -132,11 +134,13 @@ fn case(stage: &Stage<'_>, cast: Cast, precision: Precision) -> Result<bool, Ref
         let row = row(stage, "pass", cast, precision)
             .value("pass", number)
             .value("at_ns", start.elapsed_ns())
+            .value("began_ns", pass.began.since_ns(start))
             .value("ages", format_args!(r#""{}""#, encoded(scan.map())));
         sums.add(&pass, scan.map(), &truth, number, row);
     }
     let used: Vec<_> = before.since().collect();
     let histogram = idle_kib(scan.map());
+    let ended = outlives_nothing(&scene, &mut scan)?;
     scene.close();
     let good = sums.most_error_ppm.iter().all(|ppm| *ppm <= MOST_ERROR_PPM);
     row(stage, "scan", cast, precision)
@@ -149,8 +153,9 @@ fn case(stage: &Stage<'_>, cast: Cast, precision: Precision) -> Result<bool, Ref
         .value("faults_access", count(&used, "faults_access"))
         .values(WINDOWS.iter().zip(sums.most_error_ppm).map(error))
         .value("idle_kib", format_args!("[{histogram}]"))
+        .value("ends_with_its_slot", ended)
         .print();
-    Ok(good || precision == Precision::Imprecise)
+    Ok(ended && (good || precision == Precision::Imprecise))
 }
 
 fn error((window, ppm): (&u8, u64)) -> (&'static str, u64) {
@@ -185,9 +190,13 @@ fn scan(params: &Params, scene: &Scene, precision: Precision) -> Result<Scan, Re
 /// Steps until a pass has ended.
 fn pass(scene: &Scene, scan: &mut Scan) -> Result<Pass, Refusal> {
     let start = Moment::now();
+    let mut began = start;
     let mut busy_ns = 0;
     let before = Counts::own();
     loop {
+        if busy_ns == 0 {
+            began = Moment::now();
+        }
         let (step, ns) = timed(|| scan.step(scene.stage2(), cpu()));
         match step.map_err(|error| format!("scan: {error}"))? {
             Step::Later(ticks) => linger(nanoseconds(ticks)),
@@ -195,11 +204,25 @@ fn pass(scene: &Scene, scan: &mut Scan) -> Result<Pass, Refusal> {
             Step::PassEnded(aged) => {
                 return Ok(Pass {
                     aged,
+                    began,
                     ns: start.elapsed_ns(),
                     busy_ns: busy_ns + ns,
                     counts: before.since().collect(),
                 });
             }
+        }
+    }
+}
+
+/// Removes the slot; whether that ends the scan.
+fn outlives_nothing(scene: &Scene, scan: &mut Scan) -> Result<bool, Refusal> {
+    let failed = |error| format!("scan: {error}");
+    let (stage2, data) = (scene.stage2(), scene.data);
+    stage2.remove_slot(cpu(), data).map_err(failed)?;
+    loop {
+        match scan.step(stage2, cpu()) {
+            Ok(Step::Later(ticks)) => linger(nanoseconds(ticks)),
+            outcome => return Ok(outcome == Err(Error::NoSlot)),
         }
     }
 }

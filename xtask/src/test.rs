@@ -3,6 +3,7 @@
 //!
 //! The last line is `N passed, N failed`, with `, N skipped` behind it when something was.
 
+mod aging;
 mod cases;
 mod checks;
 mod emulated;

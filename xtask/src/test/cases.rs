@@ -71,6 +71,7 @@ pub(super) fn all(board: &Board, soak: bool) -> Vec<Case> {
         table.figures(),
         table.splitting(),
         table.epochs(),
+        table.aging(),
         table.refusals(),
     ];
     groups.into_iter().flatten().collect()
