@@ -142,5 +142,5 @@ pub(super) fn rounds(base: u64, pages: u64, stored: u64, loaded: u64) -> Done {
 /// The addresses of a part's pages.
 fn part(base: u64, pages: u64, part: u64) -> impl Iterator<Item = u64> {
     let (first, count) = (part >> 32, part & u64::from(u32::MAX));
-    (first..first + count).map(move |page| base + (page % pages << PAGE_SHIFT))
+    (first..first + count).map(move |page| base + ((page % pages) << PAGE_SHIFT))
 }
