@@ -322,12 +322,13 @@ impl Stage2 {
     #[cold]
     fn load_published(&self, cpu: CpuId) {
         arch::dsb_ish();
-        let rested = self.acks.is_away(cpu.0);
+        let entering = !self.acks.is_running(cpu.0);
         self.acks.begin(cpu.0);
         let active = self.services.quiescence.enter(cpu);
         let context = self.context.load(&active);
-        if rested && self.engine == Engine::Pie {
-            // What it cached under an older S2PIR_EL2 may have come back after the invalidation that it was not asked about.
+        if entering && self.engine == Engine::Pie {
+            // Its walkers may have run ahead under an older S2PIR_EL2: while it slept, after the invalidation that it was not
+            // asked about, or since the root was loaded.
             arch::set_s2pir(context.s2pir);
             arch::tlbi_vmalls12e1();
             arch::dsb_nsh();

@@ -94,6 +94,12 @@ impl Acks {
         self.seen(cpu) == AWAY
     }
 
+    /// Whether `cpu` runs under some generation: it has acknowledged one and has not left since.
+    #[inline]
+    pub fn is_running(&self, cpu: usize) -> bool {
+        !matches!(self.seen(cpu), ENTERING | AWAY)
+    }
+
     /// Whether `cpu`, the calling CPU, has something to load before it goes on.
     #[inline]
     pub fn is_behind(&self, cpu: usize) -> bool {
@@ -136,6 +142,7 @@ mod tests {
         let acks = Acks::new(3);
         acks.announce(1);
         assert!(acks.is_away(0));
+        assert!(!acks.is_running(0));
         assert_eq!(acks.await_all(1, |_| panic!("nobody is there")), 0);
     }
 
@@ -145,9 +152,9 @@ mod tests {
         acks.announce(1);
         for cpu in [1, 2, 3] {
             acks.begin(cpu);
-            assert!(acks.is_behind(cpu));
+            assert!(acks.is_behind(cpu) && !acks.is_running(cpu));
             acks.acknowledge(cpu, 1);
-            assert!(!acks.is_behind(cpu));
+            assert!(!acks.is_behind(cpu) && acks.is_running(cpu));
         }
         acks.leave(3);
         acks.announce(2);

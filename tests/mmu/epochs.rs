@@ -309,6 +309,25 @@ fn good_a_cpu_that_ran_another_vm_meanwhile_records_what_it_writes() {
 }
 
 #[test]
+fn good_a_walker_that_runs_ahead_while_its_cpu_enters_leaves_nothing_behind() {
+    let rig = rig_of(Engine::Pie);
+    let vm = rig.running_vm(2, Level::L2);
+    rig.enable(0, &vm, 0, false);
+    rig.write(1, page(9));
+    rig.unload(1);
+    rig.close(0, &vm).expect("a logged slot");
+    // The root is loaded, S2PIR_EL2 is still the old one.
+    let vttbr = rig.machine.on(1, || vm.stage2.load(CpuId(1)));
+    rig.machine.load_vttbr(1, vttbr);
+    rig.machine.enter_guest(1);
+    rig.cpus.set(1, Some(Rc::clone(&vm)));
+    rig.cpus.enter(1);
+    rig.harvest(0, &vm, 0);
+    rig.write(1, page(9));
+    rig.check(&vm);
+}
+
+#[test]
 fn good_a_slot_is_removed_with_whatever_epochs_left_of_it() {
     by_each_engine(|rig, vm| {
         vm.add_ram(RAM + 0x4000_0000, 1, Level::L2, true);
