@@ -30,11 +30,13 @@ use crate::mmu::eager::{Chosen, Split};
 use crate::mmu::epoch::{Epoch, Tracking};
 use crate::mmu::error::Error;
 use crate::mmu::geometry::Level;
+use crate::mmu::map::record;
 use crate::mmu::pages::PageSet;
-use crate::mmu::protect::{Busy, Looked, protect_slot};
-use crate::mmu::slot::{Contents, MemorySlot, SlotId};
+use crate::mmu::protect::{Busy, Looked, protect_slot, record_pages};
+use crate::mmu::slot::{Contents, MemorySlot, SlotId, SlotView};
 use crate::mmu::splitting::{Bbm, Policy};
 use crate::mmu::stage2::Stage2;
+use crate::mmu::table::Slot;
 use crate::mmu::tlb::Debt;
 use crate::mmu::walk::table_of;
 use crate::sync::quiescence::CpuId;
@@ -108,6 +110,21 @@ impl SlotLog {
             self.going = false;
             self.due = None;
         }
+    }
+}
+
+/// A logged slot, and the bitmap that was current when somebody asked.
+struct Logged {
+    id: SlotId,
+    slot: Arc<MemorySlot>,
+    bitmap: Arc<Bitmap>,
+}
+
+impl Logged {
+    /// Whether faults that see `view` fill this bitmap.
+    fn is_current(&self, view: &SlotView) -> bool {
+        let same = |log: &Arc<Bitmap>| Arc::ptr_eq(log, &self.bitmap);
+        view.log.as_ref().is_some_and(same)
     }
 }
 
@@ -202,7 +219,7 @@ impl Stage2 {
     /// [`Error::NoSlot`], [`Error::NotLogging`].
     pub fn dirty(&self, cpu: CpuId, id: SlotId, into: &mut PageSet) -> Result<(), Error> {
         let _operation = self.begin_operation();
-        let (slot, bitmap) = self.logged(id)?;
+        let Logged { slot, bitmap, .. } = self.logged(id)?;
         self.read_marks(cpu, id, &slot, &bitmap);
         bitmap.read(0, slot.pages, |first, bits| into.push(first, bits));
         Ok(())
@@ -228,11 +245,12 @@ impl Stage2 {
         into: &mut PageSet,
     ) -> Result<Split, Error> {
         let _operation = self.begin_operation();
-        let (slot, bitmap) = self.logged(id)?;
+        let logged = self.logged(id)?;
+        let slot = &logged.slot;
         slot.check_range(from, to)?;
         if self.splitting.policy != Policy::Clear {
             let mut debt = Debt::open(self, cpu);
-            self.clear_groups(cpu, id, &slot, &bitmap, from..to, into, &mut debt);
+            self.clear_groups(cpu, &logged, from..to, into, &mut debt);
             debt.pay();
             return Ok(Split::default());
         }
@@ -243,7 +261,7 @@ impl Stage2 {
                 Bbm::Zero => Debt::open_deferring_blocks(self, cpu),
                 Bbm::Two => Debt::open(self, cpu),
             };
-            let touched = self.clear_groups(cpu, id, &slot, &bitmap, from..to, into, &mut debt);
+            let touched = self.clear_groups(cpu, &logged, from..to, into, &mut debt);
             let chosen = Chosen {
                 to: slot.ipa_of(to),
                 whole: false,
@@ -258,66 +276,65 @@ impl Stage2 {
     }
 
     /// Takes and protects the pages recorded in `pages`, and says in which groups there were any.
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "a slot, its bitmap, and where to put what is found"
-    )]
     fn clear_groups(
         &self,
         cpu: CpuId,
-        id: SlotId,
-        slot: &MemorySlot,
-        bitmap: &Bitmap,
+        logged: &Logged,
         pages: Range<u64>,
         into: &mut PageSet,
         debt: &mut Debt<'_>,
     ) -> Touched {
         let mut touched = Touched::of(pages.clone());
         if self.tracking() == Tracking::Dbm {
+            let (slot, written) = (&logged.slot, &logged.bitmap);
             let span = slot.ipa_of(pages.start)..slot.ipa_of(pages.end);
-            self.protect_span(cpu, id, slot, span, bitmap, debt);
+            self.visit_slots(cpu, logged.id, span, |found, ipa, level, view, _| {
+                if !logged.is_current(view) {
+                    // Marks of the epoch that has been opened meanwhile are that one's.
+                    return Ok(Looked::Stop);
+                }
+                let looked = protect_slot(found, ipa, level, view.rights, debt)?;
+                if looked == Looked::Written {
+                    record_pages(written, slot, ipa, level, cpu);
+                }
+                Ok(looked)
+            });
         }
         let mut at = pages.start;
-        while let Some(group) = bitmap.next_group(at, pages.end) {
+        while let Some(group) = logged.bitmap.next_group(at, pages.end) {
             let start = group.max(pages.start);
             let end = (group + GROUP_PAGES).min(pages.end);
-            self.clear_group(cpu, id, slot, bitmap, start..end, into, debt);
+            self.clear_group(cpu, logged, start..end, into, debt);
             touched.add(start);
             at = group + GROUP_PAGES;
         }
         touched
     }
 
-    fn logged(&self, id: SlotId) -> Result<(Arc<MemorySlot>, Arc<Bitmap>), Error> {
+    fn logged(&self, id: SlotId) -> Result<Logged, Error> {
         let mut admin = self.admin.lock();
         let entry = admin.slot(id)?;
-        let bitmap = entry
-            .log
-            .as_ref()
-            .ok_or(Error::NotLogging)?
-            .current()
-            .clone();
-        Ok((entry.slot.clone(), bitmap))
+        let log = entry.log.as_ref().ok_or(Error::NotLogging)?;
+        Ok(Logged {
+            id,
+            slot: entry.slot.clone(),
+            bitmap: log.current().clone(),
+        })
     }
 
     /// Takes and protects `pages`, which lie in one group. The order is rule 10's: first the bits,
     /// then the leaves.
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "a slot, its bitmap, and where to put what is found"
-    )]
     fn clear_group(
         &self,
         cpu: CpuId,
-        id: SlotId,
-        slot: &MemorySlot,
-        bitmap: &Bitmap,
+        logged: &Logged,
         pages: Range<u64>,
         into: &mut PageSet,
         debt: &mut Debt<'_>,
     ) {
         let mut taken = [(0, 0); (GROUP_PAGES / WORD_PAGES) as usize];
         let mut count = 0;
+        let bitmap = &logged.bitmap;
         bitmap.take_group(pages.start, pages.end, |first, bits| {
             if let Some(entry) = taken.get_mut(count) {
                 *entry = (first, bits);
@@ -327,7 +344,7 @@ impl Stage2 {
         for &(first, bits) in taken.iter().take(count) {
             into.push(first, bits);
             let mut left = bits;
-            while let Err((rest, Busy)) = self.protect_word(cpu, id, slot, first, left, debt) {
+            while let Err((rest, Busy)) = self.protect_word(cpu, logged, first, left, debt) {
                 left = rest;
                 arch::yield_now();
             }
@@ -338,17 +355,26 @@ impl Stage2 {
     fn protect_word(
         &self,
         cpu: CpuId,
-        id: SlotId,
-        slot: &MemorySlot,
+        logged: &Logged,
         first: u64,
         bits: u64,
         debt: &mut Debt<'_>,
     ) -> Result<(), (u64, Busy)> {
         let active = self.services.quiescence.enter(cpu);
         let context = self.context.load(&active);
-        let Some(rights) = context.tagged(id.0).map(|view| view.rights) else {
+        let slot = &logged.slot;
+        let Some(view) = context.tagged(logged.id.0) else {
             // The slot is being removed, and with it every leaf.
             return Ok(());
+        };
+        // A mark that is taken here and is of another epoch than the bits is kept for that one.
+        let keeps = self.tracking() == Tracking::Dbm && !logged.is_current(view);
+        let mut protect = |place: &Slot, ipa, level| {
+            let looked = protect_slot(place, ipa, level, view.rights, debt)?;
+            if keeps && looked == Looked::Written {
+                record(view, ipa, level, cpu);
+            }
+            Ok(looked)
         };
         let _guard = self.lock.share();
         let mut left = bits;
@@ -358,8 +384,7 @@ impl Stage2 {
                 return Ok(());
             };
             if !at.found.is_table(at.level) {
-                let looked = protect_slot(at.slot, ipa, at.level, rights, debt)
-                    .map_err(|busy| (left, busy))?;
+                let looked = protect(at.slot, ipa, at.level).map_err(|busy| (left, busy))?;
                 if looked != Looked::Deeper {
                     left &= !pages_below(ipa, at.level, slot, first);
                 }
@@ -373,8 +398,7 @@ impl Stage2 {
                     break;
                 }
                 if let Some(leaf) = table.get(Level::L3.index_of(page)) {
-                    let _page = protect_slot(leaf, page, Level::L3, rights, debt)
-                        .map_err(|busy| (left, busy))?;
+                    let _page = protect(leaf, page, Level::L3).map_err(|busy| (left, busy))?;
                 }
                 left &= left - 1;
             }

@@ -130,19 +130,7 @@ impl Stage2 {
         debt: &mut Debt<'_>,
     ) {
         debt.add_everything();
-        self.protect_span(cpu, id, slot, slot.config.ipa..slot.end(), written, debt);
-    }
-
-    /// Makes what is mapped in `span` of the slot `id` read-only, and records in `written` what hardware has marked.
-    pub(crate) fn protect_span(
-        &self,
-        cpu: CpuId,
-        id: SlotId,
-        slot: &MemorySlot,
-        span: Range<Ipa>,
-        written: &Bitmap,
-        debt: &mut Debt<'_>,
-    ) {
+        let span = slot.config.ipa..slot.end();
         let marks = self.tracking() == Tracking::Dbm;
         self.visit_slots(cpu, id, span, |found, ipa, level, view, _| {
             let looked = protect_slot(found, ipa, level, view.rights, debt)?;

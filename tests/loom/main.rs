@@ -9,6 +9,7 @@
 
 mod acks;
 mod collapsing;
+mod dbm;
 mod dirty;
 mod freeing;
 mod hardware;
