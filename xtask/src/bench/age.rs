@@ -11,7 +11,7 @@ use crate::plot::{Chart, Series};
 use crate::table::Table;
 
 /// Rounds with and without aging while memory is faulted in.
-const ROUNDS: u32 = 8;
+const ROUNDS: u32 = 16;
 /// The CPU model without hardware access flags.
 const NO_FLAGS: &str = "cortex-a72";
 
@@ -55,12 +55,19 @@ const TOUCHED: [Column; 5] = [
     }),
     ("untouched, young", |row| row.value("untouched_young")),
 ];
-const LIVE: [Column; 10] = [
+const LIVE: [Column; 13] = [
     ("without, us", |row| {
         Some(row.value("without_vcpu_ns")? / 1e3)
     }),
     ("with, us", |row| Some(row.value("with_vcpu_ns")? / 1e3)),
     ("ratio", ratio),
+    ("least without", |row| {
+        Some(row.value("without_least_ns")? / 1e3)
+    }),
+    ("with", |row| Some(row.value("with_least_ns")? / 1e3)),
+    ("ratio", |row| {
+        Some(row.value("with_least_ns")? / row.value("without_least_ns")?)
+    }),
     ("passes", |row| row.value("passes")),
     ("pass, us", |row| Some(row.value("pass_ns")? / 1e3)),
     ("entries", |row| row.value("leaves")),
@@ -206,7 +213,7 @@ pub(super) fn report(rows: &[Row]) -> String {
         let (live, faults) = (of("live"), of("faults"));
         if !live.is_empty() {
             text += &format!(
-                "\nmemory is faulted in while all of it is aged, pass after pass; time of a vCPU, median\n{}",
+                "\nmemory is faulted in while all of it is aged, pass after pass; time of a vCPU, median and least of the rounds\n{}",
                 table(&live, &LIVE)
             );
         }

@@ -66,6 +66,16 @@ fn about(row: &Row) -> Vec<String> {
     words
 }
 
+/// The same in one line.
+fn words(about: &[String]) -> String {
+    match about {
+        [cpu, flag, leaves, vcpus, locking, precision] => format!(
+            "{cpu}, flags set by {flag}, leaves of {leaves}, {vcpus} vCPUs, {locking}, {precision}"
+        ),
+        _ => about.join(", "),
+    }
+}
+
 /// Estimates beside the truth, what passes cost, and one map in letters.
 pub(super) fn report(rows: &[Row]) -> String {
     let Some(first) = rows.first() else {
@@ -133,7 +143,7 @@ pub(super) fn report(rows: &[Row]) -> String {
     let passes: Vec<&Row> = passes_of(rows, first).collect();
     text += &format!(
         "\nidle age of each 2 MiB after each pass (0: used since the pass before; z: 35 passes or more), {}\n",
-        about(first).join(", ")
+        words(&about(first))
     );
     let mut map = Table::new(&["pass", "ages", "working set", "truth"]);
     for row in passes {
@@ -168,7 +178,7 @@ pub(super) fn panels(rows: &[Row]) -> Vec<Panel> {
             .filter(|row| row.case == "pass" && about(row) == case)
             .collect();
         panels.push(Panel::Map(Map {
-            title: format!("idle age in passes: {}", case.join(", ")),
+            title: format!("idle age in passes: {}", words(&case)),
             x: "IPA from 0x80000000, MiB".into(),
             y: "pass".into(),
             x_step: 2,
@@ -191,7 +201,7 @@ pub(super) fn panels(rows: &[Row]) -> Vec<Panel> {
             })
         });
         panels.push(Panel::Lines(Chart {
-            title: format!("working set: {}", case.join(", ")),
+            title: format!("working set: {}", words(&case)),
             x: "pass".into(),
             y: "MiB".into(),
             series: series.collect(),

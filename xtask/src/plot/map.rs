@@ -89,7 +89,7 @@ pub(super) fn draw(area: &Area<'_>, map: &Map) -> Result<()> {
             .draw(&Rectangle::new(boxed, colour.filled()))
             .map_err(failed)?;
         let text = match place {
-            0..3 => from.to_string(),
+            0..2 => from.to_string(),
             _ => format!("{from}+"),
         };
         let style = ("sans-serif", 11);
