@@ -3,8 +3,8 @@
 //! Case `phases`: those of the kernel's access_tracking_perf_test: populate, write, read, mark idle, write idle memory, mark
 //! idle, read idle memory. Case `touched`: after everything was marked idle a part that the guest names itself is written; who
 //! is young then? Case `hot`: passes while every vCPU goes round and round over a small part, which is what an imprecise pass
-//! does not see. Case `live`, with real concurrency: vCPUs fault memory in while the controller ages it all the time, or
-//! only spins. Case `faults`, with instructions counted: the same, pass by pass in between.
+//! does not see. Case `live`, with real concurrency: vCPUs fault memory in while the controller ages it all the time, only
+//! spins, or sleeps. Case `faults`, with instructions counted: the same, pass by pass in between.
 
 use alloc::format;
 use alloc::vec;
@@ -51,7 +51,16 @@ struct Mark {
     counts: Vec<(&'static str, u64)>,
 }
 
-/// vCPUs that faulted memory in, with or without passes meanwhile.
+/// What the controller does while vCPUs fault memory in.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Meanwhile {
+    Sleeps,
+    /// Takes a CPU of the host, and nothing else.
+    Spins,
+    Ages,
+}
+
+/// vCPUs that faulted memory in.
 #[derive(Clone, Copy, Default)]
 struct Populated {
     /// Time of a vCPU, mean of all.
@@ -271,25 +280,28 @@ fn hot_bits(scene: &Scene, part: Part, word: u64) -> u64 {
         .fold(0, |bits, bit| bits | 1 << bit)
 }
 
-/// vCPUs fault memory in, alternately with aging and without.
+/// vCPUs fault memory in, by turns with aging and without.
 fn live(stage: &Stage<'_>, cast: Cast) -> Result<(), Refusal> {
     let scene = stage.open(cast)?;
     populate(&scene)?;
-    let mut found = [Vec::new(), Vec::new()];
+    let mut found = [const { Vec::new() }; 3];
     for _ in 0..stage.params.rounds {
-        for (aging, rounds) in [false, true].into_iter().zip(&mut found) {
-            rounds.push(fault_in(&scene, aging)?);
+        let turns = [Meanwhile::Sleeps, Meanwhile::Spins, Meanwhile::Ages];
+        for (meanwhile, rounds) in turns.into_iter().zip(&mut found) {
+            rounds.push(fault_in(&scene, meanwhile)?);
         }
     }
     scene.close();
-    let [without, with] = found;
+    let [without, spinning, with] = found;
     let sum = |of: fn(&Populated) -> u64| with.iter().map(of).sum::<u64>();
     let passes = sum(|round| round.passes);
     row(stage, "live", cast, Precision::Precise)
         .param("rounds", stage.params.rounds)
         .value("without_vcpu_ns", median(&without))
+        .value("spinning_vcpu_ns", median(&spinning))
         .value("with_vcpu_ns", median(&with))
         .value("without_least_ns", least(&without))
+        .value("spinning_least_ns", least(&spinning))
         .value("with_least_ns", least(&with))
         .value("passes", passes)
         .value("pass_ns", sum(|round| round.pass_ns) / passes.max(1))
@@ -312,7 +324,7 @@ fn median(rounds: &[Populated]) -> u64 {
 }
 
 /// Takes all translations away and has every vCPU fault them in again.
-fn fault_in(scene: &Scene, aging: bool) -> Result<Populated, Refusal> {
+fn fault_in(scene: &Scene, meanwhile: Meanwhile) -> Result<Populated, Refusal> {
     unmap(scene)?;
     let mut found = Populated::default();
     let pages = scene.cast.region_bytes / PAGE_BYTES;
@@ -323,8 +335,8 @@ fn fault_in(scene: &Scene, aging: bool) -> Result<Populated, Refusal> {
         args: [scene.region(vcpu), pages, PAGE_BYTES, 100, 8],
     });
     let running = |(now, done): (&u64, &u64)| now == done;
-    while scene.operations()?.iter().zip(&done).any(running) {
-        if !aging {
+    while meanwhile != Meanwhile::Sleeps && scene.operations()?.iter().zip(&done).any(running) {
+        if meanwhile == Meanwhile::Spins {
             (0..SPINS).for_each(|_| arch::yield_now());
             continue;
         }
