@@ -13,6 +13,7 @@ mod dbm;
 mod dirty;
 mod freeing;
 mod hardware;
+mod lazy;
 mod pie;
 mod splitting;
 mod structure;
