@@ -18,6 +18,7 @@ mod pie;
 mod splitting;
 mod structure;
 mod summary;
+mod swap;
 mod vmid;
 
 /// Explores `body`.
