@@ -52,6 +52,7 @@ impl Stage2 {
                 log.unprotected = false;
             }
         } else {
+            arch::dsb_ishst();
             self.under_vmid(cpu, self.tree(), tlb::everything);
         }
         Closed {

@@ -11,7 +11,9 @@ use std::sync::atomic::Ordering;
 
 use vellum::addr::Ipa;
 use vellum::arch::fake::{Event, Random};
-use vellum::mmu::{Access, Bbm, Engine, Error, Level, Locking, Policy, Splitting, Tracking};
+use vellum::mmu::{
+    Access, Bbm, Engine, Error, Level, Locking, Policy, Precision, Splitting, Tracking,
+};
 use vellum::sync::quiescence::CpuId;
 
 use crate::flat::Vm;
@@ -86,7 +88,7 @@ impl Program {
     fn step(&mut self) {
         let (index, vm) = self.pick_vm();
         let cpu = self.pick_cpu(&vm);
-        match self.random.below(40) {
+        match self.random.below(41) {
             0..4 => self.switch(&vm),
             4..18 => self.access(),
             18 => self.toggle_logging(cpu, &vm),
@@ -103,8 +105,20 @@ impl Program {
             36 => self.interrupted(|program| program.prepare(cpu, &vm)),
             37 => self.without_frames(cpu, &vm),
             38 => self.rest(),
+            39 => self.interrupted(|program| program.age(cpu, &vm)),
             _ => self.access(),
         }
+    }
+
+    fn age(&mut self, cpu: usize, vm: &Rc<Vm>) {
+        let precision = match self.random.below(2) {
+            0 => Precision::Precise,
+            _ => Precision::Imprecise,
+        };
+        let rig = &self.rig;
+        rig.machine.on(cpu, || {
+            vm.stage2.age_all(CpuId(cpu), precision, |_, _| {});
+        });
     }
 
     /// A CPU other than the controller's changes what it runs.
