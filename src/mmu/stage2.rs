@@ -360,7 +360,11 @@ impl Stage2 {
         match self.engine {
             Engine::Walk | Engine::Lazy => {}
             Engine::Pie => arch::set_s2pir(context.s2pir),
-            Engine::Swap => arch::replace_vttbr(self.vttbr_of(cpu, context.tree)),
+            Engine::Swap => {
+                // While a number is loaded the one before is nobody's: a rollover may give it away.
+                arch::replace_vttbr(self.services.idle_vttbr);
+                arch::replace_vttbr(self.vttbr_of(cpu, context.tree));
+            }
         }
         self.acks.acknowledge(cpu.0, context.generation);
     }

@@ -111,6 +111,34 @@ fn good_one_vm_entered_twice_at_once_has_one_number() {
     });
 }
 
+/// CPU 1 exchanges the root that it runs under for one with another number, while numbers run out.
+fn exchange_against_rollover(exchange: fn(&Host)) {
+    check(move || {
+        let host = Host::new();
+        host.enter(1, 0);
+        let other = {
+            let host = Arc::clone(&host);
+            thread::spawn(move || exchange(&host))
+        };
+        host.enter(0, 3);
+        other.join().unwrap();
+    });
+}
+
+#[test]
+fn good_root_exchanged_by_way_of_the_idle_one_keeps_numbers_apart() {
+    exchange_against_rollover(|host| {
+        host.running.leave(1);
+        host.enter(1, 1);
+    });
+}
+
+#[test]
+#[should_panic = "two VMs share a VMID"]
+fn bad_number_loaded_before_the_root_of_another_is_gone_is_given_away() {
+    exchange_against_rollover(|host| host.enter(1, 1));
+}
+
 /// The allocator's fast path and a rollover, reduced to one CPU's mark and one number.
 struct Reduced {
     generation: AtomicU64,
