@@ -110,11 +110,11 @@ impl Scan {
     /// [`Error::NoSlot`] once the slot has been removed: the scan is over.
     pub fn step(&mut self, stage2: &Stage2, cpu: CpuId) -> Result<Step, Error> {
         let begun = arch::counter();
-        if begun < self.not_before {
-            return Ok(Step::Later(self.not_before - begun));
-        }
         if stage2.slot_pages(self.id)? != self.pages {
             return Err(Error::NoSlot);
+        }
+        if begun < self.not_before {
+            return Ok(Step::Later(self.not_before - begun));
         }
         if self.at == 0 {
             self.pass = Aged::default();

@@ -8,6 +8,7 @@
 #![cfg(loom)]
 
 mod acks;
+mod aging;
 mod collapsing;
 mod dbm;
 mod dirty;
