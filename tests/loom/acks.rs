@@ -222,7 +222,6 @@ fn good_kicks_go_to_those_who_are_behind_only() {
             kicks += 1;
         });
         assert_eq!(kicked, kicks);
-        assert!(world.acks.seen(GUEST_CPU) >= NEW, "somebody is behind");
         before.free(&world.domain);
         guest.join().unwrap();
     });
