@@ -20,6 +20,8 @@
 //!
 //! With engine `swap` the flags of the tree that was live before are taken too: who accessed a page under it has accessed it.
 
+use alloc::sync::Arc;
+
 use crate::addr::Ipa;
 use crate::arch;
 use crate::mmu::epoch::Tracking;
@@ -27,7 +29,7 @@ use crate::mmu::error::Error;
 use crate::mmu::geometry::Level;
 use crate::mmu::map::record;
 use crate::mmu::protect::{Busy, Looked};
-use crate::mmu::slot::{SlotId, SlotView};
+use crate::mmu::slot::{MemorySlot, SlotId, SlotView};
 use crate::mmu::stage2::Stage2;
 use crate::mmu::swap::was_accessed;
 use crate::mmu::table::Slot;
@@ -109,7 +111,12 @@ impl Stage2 {
     ///
     /// [`Error::NoSlot`].
     pub fn slot_pages(&self, id: SlotId) -> Result<u64, Error> {
-        Ok(self.admin.lock().slot(id)?.slot.pages)
+        Ok(self.named(id)?.pages)
+    }
+
+    /// The slot that has the name `id` now.
+    pub(crate) fn named(&self, id: SlotId) -> Result<Arc<MemorySlot>, Error> {
+        Ok(self.admin.lock().slot(id)?.slot.clone())
     }
 
     /// Tells `visit` which pages of `[from, to)` of the slot were accessed since their flag was last taken, and takes nothing.

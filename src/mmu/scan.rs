@@ -4,11 +4,13 @@
 //! invalidation, and the next begins a period after this one began. So an access is missed if it falls between the look at
 //! its page and the end of that pass, through an entry that was cached before: keep passes short against the period.
 
+use alloc::sync::Arc;
+
 use crate::arch;
 use crate::mmu::aging::{Aged, Precision, Sighting};
 use crate::mmu::error::Error;
 use crate::mmu::heat::IdleMap;
-use crate::mmu::slot::SlotId;
+use crate::mmu::slot::{MemorySlot, SlotId};
 use crate::mmu::stage2::Stage2;
 use crate::sync::quiescence::CpuId;
 
@@ -65,7 +67,8 @@ pub enum Step {
 #[derive(Debug)]
 pub struct Scan {
     id: SlotId,
-    pages: u64,
+    /// Which slot had that name when the scan began: names are used again.
+    slot: Arc<MemorySlot>,
     pace: Pace,
     precision: Precision,
     map: IdleMap,
@@ -89,13 +92,13 @@ impl Scan {
         precision: Precision,
     ) -> Result<Self, Error> {
         pace.check()?;
-        let pages = stage2.slot_pages(id)?;
+        let slot = stage2.named(id)?;
         Ok(Self {
             id,
-            pages,
             pace,
             precision,
-            map: IdleMap::new(pages),
+            map: IdleMap::new(slot.pages),
+            slot,
             at: 0,
             pass: Aged::default(),
             pass_began: 0,
@@ -107,12 +110,10 @@ impl Scan {
     ///
     /// # Errors
     ///
-    /// [`Error::NoSlot`] once the slot has been removed: the scan is over.
+    /// [`Error::NoSlot`] once the slot has been removed, even where another has its name now: the scan is over.
     pub fn step(&mut self, stage2: &Stage2, cpu: CpuId) -> Result<Step, Error> {
         let begun = arch::counter();
-        if stage2.slot_pages(self.id)? != self.pages {
-            return Err(Error::NoSlot);
-        }
+        self.still_there(stage2)?;
         if begun < self.not_before {
             return Ok(Step::Later(self.not_before - begun));
         }
@@ -120,8 +121,8 @@ impl Scan {
             self.pass = Aged::default();
             self.pass_began = begun;
         }
-        let to = (self.at + CHUNK_PAGES).min(self.pages);
-        let last = to == self.pages;
+        let to = (self.at + CHUNK_PAGES).min(self.slot.pages);
+        let last = to == self.slot.pages;
         let precision = if last {
             self.precision
         } else {
@@ -131,6 +132,7 @@ impl Scan {
         let map = &mut self.map;
         let see = |sighting: Sighting| map.see(sighting);
         let aged = stage2.age(cpu, self.id, self.at, to, precision, see)?;
+        self.still_there(stage2)?;
         self.pass.leaves += aged.leaves;
         self.pass.young += aged.young;
         let now = arch::counter();
@@ -144,6 +146,15 @@ impl Scan {
         self.not_before = rested.max(self.pass_began.saturating_add(self.pace.period_ticks));
         self.map.end_pass();
         Ok(Step::PassEnded(self.pass))
+    }
+
+    /// The slot may have been removed, and its name given to another.
+    fn still_there(&self, stage2: &Stage2) -> Result<(), Error> {
+        if Arc::ptr_eq(&self.slot, &stage2.named(self.id)?) {
+            Ok(())
+        } else {
+            Err(Error::NoSlot)
+        }
     }
 
     /// What has been found so far.

@@ -10,7 +10,7 @@ use vellum::sync::quiescence::CpuId;
 
 use crate::epochs::{ENGINES, page, set};
 use crate::flat::Vm;
-use crate::rig::{MODES, Plan, Rig};
+use crate::rig::{MODES, Plan, RAM, Rig};
 
 /// Two blocks.
 const PAGES: u64 = 1024;
@@ -232,4 +232,20 @@ fn good_a_scan_ends_with_its_slot_and_refuses_what_is_out_of_bounds() {
     // At once, though the period says to come back later.
     let step = rig.machine.on(0, || scan.step(&vm.stage2, CpuId(0)));
     assert_eq!(step, Err(Error::NoSlot));
+    // Nor does a scan go on with another slot of the same name and size.
+    let mut scan = {
+        vm.add_ram(RAM, 2, Level::L2, true);
+        assert_eq!(newest(&vm), id);
+        Scan::new(&vm.stage2, id, slow, Precision::Precise).expect("a slot")
+    };
+    let removed = rig.machine.on(0, || vm.stage2.remove_slot(CpuId(0), id));
+    assert_eq!(removed, Ok(()));
+    vm.add_ram(RAM, 2, Level::L2, true);
+    assert_eq!(newest(&vm), id);
+    let step = rig.machine.on(0, || scan.step(&vm.stage2, CpuId(0)));
+    assert_eq!(step, Err(Error::NoSlot));
+}
+
+fn newest(vm: &Vm) -> SlotId {
+    vm.slots.borrow().last().expect("a slot").id
 }
