@@ -12,8 +12,10 @@ mod clock;
 mod cycle;
 mod dirty;
 mod epochs;
+mod exit;
 mod get;
 mod heat;
+mod ipi;
 pub mod params;
 mod protect;
 pub mod report;
@@ -72,6 +74,8 @@ pub fn main(host: &'static Host, arguments: &str, guest: &[u8]) -> Result<u32, R
         Suite::Age => age::run(&stage)?,
         Suite::Heat => heat::run(&stage)?,
         Suite::Ages => ages::run(&stage)?,
+        Suite::Exit => exit::run(&stage)?,
+        Suite::Ipi => ipi::run(&stage)?,
     };
     Ok(if good { 0 } else { FAILED })
 }

@@ -39,6 +39,10 @@ pub enum Suite {
     Heat,
     /// Whether anything is lost while aging, splits, collapses and epochs loop.
     Ages,
+    /// What exits of each kind cost.
+    Exit,
+    /// The kernel's IPI benchmark.
+    Ipi,
 }
 
 /// Which of several ways is used.
@@ -128,6 +132,17 @@ pub struct Params {
     pub passes: u64,
     /// What the guest of suite `heat` does.
     pub pattern: Pattern,
+    /// Whether those who receive IPIs in suite `ipi` sleep or run in a loop.
+    pub receivers: Receivers,
+}
+
+/// What a vCPU does that waits for interrupts.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Receivers {
+    /// WFI.
+    Sleeping,
+    /// A loop.
+    Running,
 }
 
 /// How much of its memory a guest uses all the time, and how much now and then; percent.
@@ -174,6 +189,7 @@ impl Default for Params {
             budget: 100,
             passes: 16,
             pattern: Pattern { hot: 10, warm: 20 },
+            receivers: Receivers::Sleeping,
         }
     }
 }
@@ -183,7 +199,7 @@ const SIZES: [(&str, u64, Level); 3] = [
     ("2m", 2 << 20, Level::L2),
     ("1g", 1 << 30, Level::L1),
 ];
-const SUITES: [(&str, Suite); 14] = [
+const SUITES: [(&str, Suite); 16] = [
     ("none", Suite::None),
     ("dirty", Suite::Dirty),
     ("verify", Suite::Verify),
@@ -198,6 +214,8 @@ const SUITES: [(&str, Suite); 14] = [
     ("age", Suite::Age),
     ("heat", Suite::Heat),
     ("ages", Suite::Ages),
+    ("exit", Suite::Exit),
+    ("ipi", Suite::Ipi),
 ];
 const TIMINGS: [(&str, Timing); 3] = [
     ("insn", Timing::Insn),
@@ -236,6 +254,10 @@ const ACCESS_FLAGS: [(&str, Choice<AccessFlag>); 3] = [
 const PRECISIONS: [(&str, Precision); 2] = [
     ("precise", Precision::Precise),
     ("imprecise", Precision::Imprecise),
+];
+const RECEIVERS: [(&str, Receivers); 2] = [
+    ("sleeping", Receivers::Sleeping),
+    ("running", Receivers::Running),
 ];
 const ORDERS: [(&str, bool); 2] = [("sequential", false), ("random", true)];
 const BITS: [(&str, bool); 2] = [("0", false), ("1", true)];
@@ -291,6 +313,7 @@ impl Params {
             "budget" => self.budget = number(key, value, 1, 100)?,
             "passes" => self.passes = number(key, value, 1, 1 << 20)?,
             "pattern" => self.pattern = pattern(key, value)?,
+            "receivers" => self.receivers = named(key, value, &RECEIVERS)?,
             _ => {
                 return Err(format!(
                     "boot argument '{key}={value}': there is no key '{key}'"
@@ -384,6 +407,16 @@ impl Params {
             }
             Choice::Fixed(flag) => Ok(flag),
         }
+    }
+}
+
+impl Receivers {
+    /// Their name in results.
+    pub fn name(self) -> &'static str {
+        RECEIVERS
+            .iter()
+            .find(|(_, known)| *known == self)
+            .map_or("", |(name, _)| name)
     }
 }
 
@@ -483,8 +516,8 @@ mod tests {
     use std::vec;
 
     use super::{
-        ACCESS_FLAGS, Choice, ENGINES, POLICIES, Params, Pattern, Suite, TRACKINGS, Timing,
-        precision_name, size_name, stride_name,
+        ACCESS_FLAGS, Choice, ENGINES, POLICIES, Params, Pattern, Receivers, Suite, TRACKINGS,
+        Timing, precision_name, size_name, stride_name,
     };
     use crate::mmu::{
         AccessFlag, Bbm, Engine, Hardware, Level, Locking, Policy, Precision, Tracking,
@@ -497,7 +530,7 @@ mod tests {
              seed=9 stride=2m backing=1g initially-all-set=1 timing=insn hpfar=trust slot-mib=16384 rounds=5 \
              splitting=clear,fault-empty bbm=auto,2 bbm-batch=64 chunk=2m pause-us=20 unsafe-bbm=1 seconds=60 \
              engine=swap,auto tracking=fault,dbm epochs=10000 epoch-us=500,2000 access-flag=software precision=imprecise \
-             period-us=500 budget=5 passes=3 pattern=1,99",
+             period-us=500 budget=5 passes=3 pattern=1,99 receivers=running",
         )
         .unwrap();
         let expected = Params {
@@ -533,6 +566,7 @@ mod tests {
             budget: 5,
             passes: 3,
             pattern: Pattern { hot: 1, warm: 99 },
+            receivers: Receivers::Running,
         };
         assert_eq!(params, expected);
         assert_eq!(size_name(params.backing), "1g");
@@ -569,6 +603,7 @@ mod tests {
             ("pattern=10", "two percentages"),
             ("pattern=0,20", "hot from 1"),
             ("pattern=60,50", "of 100 together"),
+            ("receivers=gone", "one of sleeping, running"),
         ] {
             let error = Params::parse(word).unwrap_err();
             assert!(error.contains(word) && error.contains(says), "{error}");

@@ -51,6 +51,14 @@ impl Row {
         self
     }
 
+    /// Adds what each of `count` comes to of `total`, with two digits behind the point.
+    #[must_use]
+    pub fn share(self, key: &str, total: u64, count: u64) -> Self {
+        let hundredths = total.saturating_mul(100) / count.max(1);
+        let (whole, rest) = (hundredths / 100, hundredths % 100);
+        self.value(key, format_args!("{whole}.{rest:02}"))
+    }
+
     /// Adds values.
     #[must_use]
     pub fn values<'a>(self, values: impl IntoIterator<Item = (&'a str, u64)>) -> Self {
@@ -113,6 +121,14 @@ mod tests {
             row.to_string(),
             r#"{"vellum":"row","suite":"dirty","case":"phases","timing":"insn","params":{"vcpus":4,"locking":"mutex","all":true},"values":{"dirty_ns":7,"get_ns":0}}"#
         );
+    }
+
+    #[test]
+    fn shares_have_two_digits_behind_the_point() {
+        let row = Row::new("exit", "eoi", "insn").share("insn", 2105, 100);
+        assert!(row.to_string().ends_with(r#""values":{"insn":21.05}}"#));
+        let row = Row::new("exit", "eoi", "insn").share("insn", 1, 0);
+        assert!(row.to_string().contains(r#""insn":1.00"#));
     }
 
     #[test]

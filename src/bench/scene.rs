@@ -68,6 +68,24 @@ pub(super) struct Scene {
     log_bytes: u64,
 }
 
+/// A VM without memory, whose vCPUs hold no CPU.
+pub(super) struct Bystander {
+    vm: Arc<Vm>,
+    host: &'static Host,
+}
+
+impl Bystander {
+    /// Number of its vCPUs.
+    pub(super) fn vcpus(&self) -> usize {
+        self.vm.vcpus().len()
+    }
+
+    /// Ends it.
+    pub(super) fn close(self) {
+        Vm::destroy(self.vm, self.host);
+    }
+}
+
 /// What a vCPU reports of an operation.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Outcome {
@@ -128,17 +146,7 @@ impl Stage<'_> {
         if cast.splitting.policy == Policy::FaultEmpty {
             keep_zeros(&mut data);
         }
-        let config = VmConfig {
-            vcpus: cast.vcpus,
-            locking: cast.locking,
-            splitting: cast.splitting,
-            engine: cast.engine,
-            tracking: cast.tracking,
-            access_flag: cast.access_flag,
-            trust_hpfar: self.params.trust_hpfar,
-            entry: Ipa::new(abi::IMAGE),
-        };
-        let vm = Vm::create(self.host, &config).map_err(refused)?;
+        let vm = self.create(cast)?;
         vm.stage2().add_slot(system).map_err(refused)?;
         let data = vm.stage2().add_slot(data).map_err(refused)?;
         let scene = Scene {
@@ -164,6 +172,28 @@ impl Stage<'_> {
         Ok(scene)
     }
 
+    fn create(&self, cast: Cast) -> Result<Arc<Vm>, Refusal> {
+        let config = VmConfig {
+            vcpus: cast.vcpus,
+            locking: cast.locking,
+            splitting: cast.splitting,
+            engine: cast.engine,
+            tracking: cast.tracking,
+            access_flag: cast.access_flag,
+            trust_hpfar: self.params.trust_hpfar,
+            entry: Ipa::new(abi::IMAGE),
+        };
+        Vm::create(self.host, &config).map_err(refused)
+    }
+
+    /// A VM that exists beside the one that is measured, and is never started.
+    pub(super) fn bystander(&self, cast: Cast) -> Result<Bystander, Refusal> {
+        Ok(Bystander {
+            vm: self.create(cast)?,
+            host: self.host,
+        })
+    }
+
     fn load(&self, scene: &Scene) -> Result<(), Refusal> {
         let params = abi::Params {
             vcpus: scene.cast.vcpus as u64,
@@ -173,7 +203,9 @@ impl Stage<'_> {
         };
         scene.write(Ipa::new(abi::RAM), &params.to_bytes())?;
         scene.write(Ipa::new(abi::IMAGE), self.guest)?;
-        // The write logs are mapped now, so that keeping them costs no fault while something is measured.
+        // The samples and the write logs are mapped now, so that keeping them costs no fault while something is measured.
+        let samples = vec![0; to_index(8 * abi::MAX_SAMPLES)];
+        scene.write(Ipa::new(abi::SAMPLES), &samples)?;
         let log = vec![0; to_index(scene.log_bytes)];
         (0..scene.cast.vcpus as u64)
             .try_for_each(|vcpu| scene.write(Ipa::new(abi::LOGS + vcpu * scene.log_bytes), &log))
@@ -404,6 +436,45 @@ impl Scene {
     /// Operations that each vCPU has done.
     pub(super) fn operations(&self) -> Result<Vec<u64>, Refusal> {
         self.words(offset_of!(abi::Area, operations))
+    }
+
+    /// Version of the interrupt controller.
+    pub(super) fn gic_version(&self) -> u32 {
+        self.vm.gic_version()
+    }
+
+    /// What the last [`op::MEASURE`] stored, `count` words.
+    pub(super) fn samples(&self, count: u64) -> Result<Vec<u64>, Refusal> {
+        let mut bytes = vec![0; to_index(8 * count)];
+        self.read(Ipa::new(abi::SAMPLES), &mut bytes)?;
+        let (words, _) = bytes.as_chunks::<8>();
+        Ok(words.iter().map(|word| u64::from_le_bytes(*word)).collect())
+    }
+
+    /// Has vCPUs from 1 to `last` let interrupts in until [`Scene::hear_out`].
+    pub(super) fn listen(&self, last: usize, asleep: bool) -> Result<(), Refusal> {
+        self.set_stop(0)?;
+        let listen = Command {
+            op: op::LISTEN,
+            args: [u64::from(asleep), 0, 0, 0, 0],
+        };
+        (1..=last).for_each(|vcpu| self.vm.post(vcpu, listen));
+        Ok(())
+    }
+
+    /// Ends [`Scene::listen`]; interrupts that the listeners took, with the one each that ended it.
+    pub(super) fn hear_out(&self, last: usize) -> Result<u64, Refusal> {
+        self.set_stop(1)?;
+        let mut taken = 0;
+        for vcpu in 1..=last {
+            let last_one = Command {
+                op: op::MEASURE,
+                args: [abi::measure::IPI, 1, vcpu as u64, 0, 0],
+            };
+            self.perform_one(0, last_one)?;
+            taken += self.outcome(vcpu)?.results[0];
+        }
+        Ok(taken)
     }
 
     /// The words at `offset` of the areas.

@@ -44,6 +44,60 @@ pub mod op {
     /// part that is stored to and x4 the part that is loaded from, each first page << 32 | pages, going on at the region's
     /// start where it ends. Rounds done are counted in [`super::Area::rounds`]. Result: rounds.
     pub const ROUNDS: u64 = 12;
+    /// Do x1 (one of [`super::measure`]) x2 times with argument x3. x4 zero: one after the other; result: ticks that all took
+    /// together. Otherwise each is timed alone and its ticks are stored at [`super::SAMPLES`]; result: how many those are.
+    /// The second result counts interrupts that were waited for in vain.
+    pub const MEASURE: u64 = 13;
+    /// Let interrupts in until told to stop: x1 zero in a loop, otherwise asleep. Result: interrupts of [`IPI_MODES`] and the
+    /// like that were taken meanwhile.
+    pub const LISTEN: u64 = 14;
+    /// Do x1 (one of [`super::ipi`]) x2 times, all other vCPUs listening. Results: ticks that the sends took, and ticks until
+    /// all receivers had answered; all rounds together, `u64::MAX` both if an answer did not come.
+    pub const IPI_MODES: u64 = 15;
+}
+
+/// What [`op::MEASURE`] does.
+pub mod measure {
+    /// Nothing: what measuring itself takes.
+    pub const NOTHING: u64 = 0;
+    /// A null hypercall.
+    pub const HYPERCALL: u64 = 1;
+    /// Load a word from the argument into x0.
+    pub const LOAD_X0: u64 = 2;
+    /// Load a word from the argument into x25.
+    pub const LOAD_X25: u64 = 3;
+    /// Load a double word from the argument into x0.
+    pub const LOAD_WIDE_X0: u64 = 4;
+    /// Load a double word from the argument into x25.
+    pub const LOAD_WIDE_X25: u64 = 5;
+    /// End an interrupt that was not acknowledged: the register access alone.
+    pub const EOI: u64 = 6;
+    /// Send an interrupt to the vCPU that the argument names, and wait until its handler has run.
+    pub const IPI: u64 = 7;
+    /// As [`IPI`], after a pause in which the receiver falls asleep.
+    pub const IPI_AFTER_PAUSE: u64 = 8;
+    /// Wait in a loop for a timer that is set to the argument, in ticks from now: how late it is seen.
+    pub const TIMER: u64 = 9;
+    /// Sleep until that timer, interrupts masked: how late execution goes on.
+    pub const WAKE: u64 = 10;
+    /// Store to one page after the other, from the argument on.
+    pub const STORE_PAGES: u64 = 11;
+    /// Load from one page after the other, from the argument on.
+    pub const LOAD_PAGES: u64 = 12;
+}
+
+/// What [`op::IPI_MODES`] does: the modes of the kernel's IPI benchmark.
+pub mod ipi {
+    /// Everything but send.
+    pub const DRY: u64 = 0;
+    /// To itself.
+    pub const OWN: u64 = 1;
+    /// To vCPU 1.
+    pub const NORMAL: u64 = 2;
+    /// To all others at once.
+    pub const BROADCAST: u64 = 3;
+    /// To all others at once; their handlers take a lock.
+    pub const BROADCAST_LOCK: u64 = 4;
 }
 
 /// Flags of [`op::PASS`].
@@ -80,12 +134,16 @@ pub const AREAS: u64 = 0x4021_0000;
 pub const AREA_BYTES: u64 = 0x4000;
 /// Most vCPUs.
 pub const MAX_VCPUS: u64 = 128;
+/// What [`op::MEASURE`] found, one word each.
+pub const SAMPLES: u64 = 0x4050_0000;
+/// Most samples.
+pub const MAX_SAMPLES: u64 = (LOGS - SAMPLES) / 8;
 /// The write logs: one bit a page of the vCPU's region, [`Params::log_bytes`] each.
 pub const LOGS: u64 = 0x4060_0000;
 /// First address of the memory that is written and logged.
 pub const DATA: u64 = 0x8000_0000;
 
-const _: () = assert!(AREAS + MAX_VCPUS * AREA_BYTES <= LOGS);
+const _: () = assert!(AREAS + MAX_VCPUS * AREA_BYTES <= SAMPLES);
 
 /// What the hypervisor tells the guest, at [`RAM`]; read only.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
@@ -141,6 +199,10 @@ pub struct Area {
     pub operations: AtomicU64,
     /// Rounds done by the current [`op::ROUNDS`], or the last.
     pub rounds: AtomicU64,
+    /// The lock that [`ipi::BROADCAST_LOCK`] takes, in the area of vCPU 0.
+    pub lock: AtomicU64,
+    /// Times it was taken.
+    pub locked: AtomicU64,
 }
 
 /// Address of the area of vCPU `index`.

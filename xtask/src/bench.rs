@@ -7,9 +7,11 @@ mod age;
 mod aging;
 mod checkpoint;
 mod dirty;
+mod exit;
 mod fault;
 mod get;
 mod heat;
+mod ipi;
 mod options;
 mod protect;
 mod rows;
@@ -42,7 +44,8 @@ pub(crate) struct Args {
     /// few dirty pages of large slots; starve: how long the exclusive side of the MMU lock waits for faulting vCPUs; split: splitting blocks by
     /// faults and eagerly, at break-before-make levels 2 and 0, and what vCPUs notice of it; protect: protecting all memory at
     /// once, over engines and amounts of memory; checkpoint: how much slower a guest is while epoch after epoch is harvested; age: marking
-    /// memory idle, and what it costs those who use it; heat: which memory is hot, beside what the guest is known to do
+    /// memory idle, and what it costs those who use it; heat: which memory is hot, beside what the guest is known to do; exit: what exits of each kind cost, beside KVM's; ipi: the kernel's IPI
+    /// benchmark
     #[arg(default_value = "dirty", value_name = "SUITE")]
     suites: Vec<Suite>,
     #[command(flatten)]
@@ -72,6 +75,8 @@ pub(crate) enum Suite {
     Checkpoint,
     Age,
     Heat,
+    Exit,
+    Ipi,
 }
 
 /// One boot.
@@ -83,7 +88,7 @@ pub(crate) struct Job {
 }
 
 impl Suite {
-    const ALL: [Self; 9] = [
+    const ALL: [Self; 11] = [
         Self::Dirty,
         Self::Fault,
         Self::Get,
@@ -93,6 +98,8 @@ impl Suite {
         Self::Checkpoint,
         Self::Age,
         Self::Heat,
+        Self::Exit,
+        Self::Ipi,
     ];
 
     fn name(self) -> &'static str {
@@ -106,6 +113,8 @@ impl Suite {
             Self::Checkpoint => "checkpoint",
             Self::Age => "age",
             Self::Heat => "heat",
+            Self::Exit => "exit",
+            Self::Ipi => "ipi",
         }
     }
 
@@ -120,6 +129,8 @@ impl Suite {
             Self::Checkpoint => checkpoint::jobs(options, board),
             Self::Age => age::jobs(options, board),
             Self::Heat => heat::jobs(options, board),
+            Self::Exit => exit::jobs(options, board),
+            Self::Ipi => ipi::jobs(options, board),
         }
     }
 
@@ -134,6 +145,8 @@ impl Suite {
             Self::Checkpoint => checkpoint::report(rows),
             Self::Age => age::report(rows),
             Self::Heat => heat::report(rows),
+            Self::Exit => exit::report(rows),
+            Self::Ipi => ipi::report(rows),
         }
     }
 
@@ -148,6 +161,8 @@ impl Suite {
             Self::Checkpoint => checkpoint::charts(rows),
             Self::Age => age::charts(rows),
             Self::Heat => return heat::panels(rows),
+            Self::Exit => exit::charts(rows),
+            Self::Ipi => ipi::charts(rows),
         };
         charts.into_iter().map(Panel::Lines).collect()
     }
@@ -175,6 +190,7 @@ pub(crate) fn main(args: &Args) -> Result<ExitCode> {
     let qemu = setup::qemu(&args.qemu)?;
     eprintln!("building the image");
     let image = image::build(Profile::of(args.debug))?;
+    let hash = image::sha256(&image.flat)?;
     let quiet = args.json.as_deref() == Some("-");
     let mut all = Vec::new();
     for (suite, jobs) in plans {
@@ -182,7 +198,7 @@ pub(crate) fn main(args: &Args) -> Result<ExitCode> {
             suite,
             &jobs,
             &qemu,
-            &image,
+            (&image, &hash),
             Duration::from_secs(args.seconds),
         )?;
         let plot = paths::target(&format!("bench/{}.svg", suite.name()));
@@ -191,7 +207,8 @@ pub(crate) fn main(args: &Args) -> Result<ExitCode> {
         paths::write(&data, rows::json(&rows)?)?;
         if !quiet {
             print!("{}", suite.report(&rows));
-            println!("\nwritten: {}, {}", short(&data), short(&plot));
+            println!("\nimage: {} sha256 {hash}", short(&image.flat));
+            println!("written: {}, {}", short(&data), short(&plot));
         }
         all.extend(rows);
     }
@@ -211,12 +228,12 @@ fn short(path: &Path) -> String {
         .to_string()
 }
 
-/// Runs every job of a suite and gives each row its machine.
+/// Runs every job of a suite with an image, whose hash is given, and gives each row its machine.
 fn measure(
     suite: Suite,
     jobs: &[Job],
     qemu: &Qemu,
-    image: &Image,
+    (image, hash): (&Image, &str),
     limit: Duration,
 ) -> Result<Vec<Row>> {
     let mut rows = Vec::new();
@@ -247,11 +264,13 @@ fn measure(
         if run.rows.is_empty() {
             bail!("{}: the run measured nothing", job.title);
         }
+        let mut machine = run.machine.clone();
+        machine.insert("image_sha256".into(), hash.into());
         rows.extend(run.rows.into_iter().map(|row| {
             Row::new(
                 row,
                 suite.name(),
-                &run.machine,
+                &machine,
                 qemu.version(),
                 job.machine.timing,
             )

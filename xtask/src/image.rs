@@ -12,6 +12,7 @@ use anyhow::{Context as _, Result, bail};
 use object::read::elf::{ElfFile64, FileHeader as _, ProgramHeader as _};
 use object::{Endianness, Object as _, RelocationFlags, elf};
 use serde_json::Value;
+use sha2::{Digest as _, Sha256};
 
 use crate::paths;
 use crate::process;
@@ -192,6 +193,12 @@ fn write(bytes: &[u8], name: &str) -> Result<PathBuf> {
     Ok(path)
 }
 
+/// SHA-256 of a file, in hexadecimal.
+pub(crate) fn sha256(path: &Path) -> Result<String> {
+    let digest = Sha256::digest(fs::read(path)?);
+    Ok(digest.iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
 /// A number that changes when the image does.
 pub(crate) fn fingerprint(path: &Path) -> Result<u64> {
     use std::hash::{DefaultHasher, Hash as _, Hasher as _};
@@ -202,7 +209,7 @@ pub(crate) fn fingerprint(path: &Path) -> Result<u64> {
 
 #[cfg(test)]
 mod tests {
-    use super::{executable, flatten, only_relative};
+    use super::{executable, flatten, only_relative, sha256};
 
     /// A little ELF file: header, one program header per `(address, file size, memory size)`, then the bytes 1, 2, 3...
     fn elf(loads: &[(u64, u64, u64)]) -> Vec<u8> {
@@ -247,6 +254,18 @@ mod tests {
     #[test]
     fn a_file_without_relocations_is_relocatable() {
         assert!(only_relative(&elf(&[(0, 1, 1)])).is_ok());
+    }
+
+    #[test]
+    fn a_file_has_its_standard_hash() {
+        let path = std::env::temp_dir().join(format!("vellum-hash-{}", std::process::id()));
+        std::fs::write(&path, "abc").expect("it is written");
+        let hash = sha256(&path).expect("it is read");
+        std::fs::remove_file(&path).expect("it is there");
+        assert_eq!(
+            hash,
+            "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+        );
     }
 
     #[test]

@@ -92,6 +92,7 @@ write_register!(
 );
 write_register!(set_timer_control, "cntv_ctl_el0", "CNTV_CTL_EL0.");
 write_register!(set_timer_value, "cntv_tval_el0", "CNTV_TVAL_EL0.");
+write_register!(set_timer_compare, "cntv_cval_el0", "CNTV_CVAL_EL0.");
 write_register!(set_icc_sre, "s3_0_c12_c12_5", "ICC_SRE_EL1.");
 write_register!(set_icc_pmr, "s3_0_c4_c6_0", "ICC_PMR_EL1.");
 write_register!(set_icc_igrpen1, "s3_0_c12_c12_7", "ICC_IGRPEN1_EL1.");
@@ -215,6 +216,64 @@ pub(crate) fn take_interrupts() {
             options(nostack)
         )
     };
+}
+
+/// The null hypercall, with nothing around it.
+#[inline(always)]
+pub(crate) fn null_call() {
+    // SAFETY: As for every hypercall; this one promises to leave all registers but x0 alone.
+    unsafe { asm!("hvc #0", inout("x0") abi::HVC_NULL => _, options(nostack)) };
+}
+
+macro_rules! load_into {
+    ($name:ident, $instruction:literal, $register:tt, $what:literal) => {
+        #[doc = $what]
+        #[inline(always)]
+        pub(crate) fn $name(address: u64) {
+            // SAFETY: The address is a device's.
+            unsafe { asm!(concat!($instruction, ", [{}]"), in(reg) address, out($register) _, options(nostack)) };
+        }
+    };
+}
+
+load_into!(load_x0, "ldr w0", "x0", "A load of a word into x0.");
+load_into!(load_x25, "ldr w25", "x25", "A load of a word into x25.");
+load_into!(
+    load_wide_x0,
+    "ldr x0",
+    "x0",
+    "A load of a double word into x0."
+);
+load_into!(
+    load_wide_x25,
+    "ldr x25",
+    "x25",
+    "A load of a double word into x25."
+);
+
+/// Lets interrupts in from here on.
+pub(crate) fn unmask() {
+    // SAFETY: As for `wait_for_interrupt`.
+    unsafe { asm!("msr daifclr, #2", "isb", options(nostack)) };
+}
+
+/// Keeps interrupts out from here on.
+pub(crate) fn mask() {
+    // SAFETY: Changes nothing but the mask.
+    unsafe { asm!("msr daifset, #2", options(nostack)) };
+}
+
+/// `WFI`; what ends it is taken when interrupts are let in.
+pub(crate) fn wfi() {
+    // SAFETY: Waits.
+    unsafe { asm!("wfi", options(nostack)) };
+}
+
+/// `YIELD`: under an emulator that runs one CPU at a time, the next one's turn; nothing on most machines.
+#[inline(always)]
+pub(crate) fn yield_now() {
+    // SAFETY: A hint.
+    unsafe { asm!("yield", options(nostack)) };
 }
 
 /// `DSB SY`.

@@ -24,6 +24,8 @@ const ENABLED: u64 = 0xffff | 1 << TIMER;
 /// INTID of the virtual timer.
 pub(super) const TIMER: u64 = 27;
 const INTID: u64 = 0x3ff;
+/// What acknowledging gives when nothing is pending; ending it has no effect.
+pub(super) const SPURIOUS: u64 = 1023;
 
 /// Sets up this vCPU's interface.
 pub(super) fn init(version: u64, index: u64) {
@@ -54,6 +56,16 @@ pub(super) fn send(target: u64, intid: u64) {
     }
     let affinity = affinity_of(target);
     asm::set_icc_sgi1r((affinity >> 8 & 0xff) << 16 | intid << 24 | 1 << (affinity & 0xf));
+}
+
+/// Sends SGI `intid` to all other vCPUs.
+pub(super) fn broadcast(intid: u64) {
+    asm::dsb();
+    if params().gic == 2 {
+        asm::store_word(GICD_SGIR, 1 << 24 | intid);
+        return;
+    }
+    asm::set_icc_sgi1r(1 << 40 | intid << 24);
 }
 
 /// Acknowledges the highest pending interrupt: what to end it with.

@@ -4,11 +4,14 @@ use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use vellum::guest::abi::Area;
 
-use super::{Done, area_of, asm, gic, params, this_area};
+use super::{Done, area_of, asm, gic, ipi, params, this_area};
 
-const IPI: u64 = 3;
-const TIMER_ON: u64 = 1;
-const TIMER_OFF: u64 = 0;
+/// The SGI whose handler answers.
+pub(super) const IPI: u64 = 3;
+/// As [`IPI`]; its handler takes a lock first.
+pub(super) const IPI_LOCK: u64 = 4;
+pub(super) const TIMER_ON: u64 = 1;
+pub(super) const TIMER_OFF: u64 = 0;
 const TIMER_MASKED: u64 = 0b11;
 /// Sleeps before a wake-up that does not come is given up: each ends by some interrupt, a timer's at the latest.
 const PATIENCE: u64 = 1000;
@@ -28,6 +31,10 @@ extern "C" fn guest_irq() {
             area.ipi_seen.store(number, Relaxed);
             bump(&area.ipis);
         }
+        IPI_LOCK => {
+            ipi::locked(area_of(0));
+            bump(&area.ipis);
+        }
         // Spurious: nothing to end.
         1020.. => return,
         _ => {}
@@ -35,7 +42,7 @@ extern "C" fn guest_irq() {
     gic::end(acknowledged);
 }
 
-fn bump(count: &AtomicU64) {
+pub(super) fn bump(count: &AtomicU64) {
     count.store(count.load(Relaxed) + 1, Relaxed);
 }
 

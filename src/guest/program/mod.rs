@@ -4,6 +4,8 @@ mod asm;
 mod gic;
 mod hostile;
 mod interrupts;
+mod ipi;
+mod measure;
 mod pass;
 mod trap;
 mod uart;
@@ -66,6 +68,9 @@ fn perform(op: u64, args: [u64; 5]) -> Done {
         op::IPI_SERVE => interrupts::ipi_serve(first),
         op::HOSTILE => hostile::run(first),
         op::HYPERCALLS => hypercalls(first),
+        op::MEASURE => measure::run(first, second, third, fourth != 0),
+        op::LISTEN => ipi::listen(first != 0),
+        op::IPI_MODES => ipi::modes(first, second),
         op::FIRMWARE => Done::ok(asm::hvc(first), 1),
         op::AARCH32 => asm::run_aarch32(abi::DATA - 0x1000),
         _ => Done {

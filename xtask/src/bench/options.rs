@@ -101,6 +101,12 @@ pub(crate) struct Options {
     /// Lengths of an epoch in suite checkpoint, in microseconds
     #[arg(long, value_delimiter = ',', default_value = "1000,10000,100000", value_name = "US,..", value_parser = clap::value_parser!(u32).range(1..=10_000_000))]
     pub(crate) epoch_us: Vec<u32>,
+    /// Rounds of each mode of suite ipi
+    #[arg(long, default_value_t = 100_000, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_048_576))]
+    pub(crate) rounds: u32,
+    /// What those do who receive interrupts in suite ipi: sleeping, running
+    #[arg(long, default_value = "sleeping", value_parser = ["sleeping", "running"], value_name = "HOW")]
+    pub(crate) receivers: String,
     /// The sizes of the published measurements: 1 to 64 vCPUs; suite protect: up to 4 GiB
     #[arg(long)]
     pub(crate) full: bool,
@@ -322,7 +328,7 @@ pub(super) mod tests {
 
     #[test]
     fn wrong_names_and_numbers_are_refused() {
-        let wrong: [&[&str]; 17] = [
+        let wrong: [&[&str]; 19] = [
             &["--locking", "ticket"],
             &["--vcpus", "0"],
             &["--vcpus", "two"],
@@ -340,6 +346,8 @@ pub(super) mod tests {
             &["--mib", "1"],
             &["--epochs", "0"],
             &["--epoch-us", "0"],
+            &["--rounds", "0"],
+            &["--receivers", "gone"],
         ];
         for words in wrong {
             assert!(options(words).is_err(), "{words:?}");
