@@ -13,7 +13,8 @@
 use core::arch::{asm, global_asm};
 
 use aarch64_cpu::registers::{
-    CNTV_CTL_EL0, CNTVOFF_EL2, HCR_EL2, ID_AA64PFR0_EL1, Readable, SCTLR_EL1, VTCR_EL2, Writeable,
+    CNTHP_CTL_EL2, CNTV_CTL_EL0, CNTV_CVAL_EL0, CNTVOFF_EL2, HCR_EL2, ID_AA64PFR0_EL1,
+    ReadWriteable, Readable, SCTLR_EL1, VTCR_EL2, Writeable,
 };
 
 use super::context::{
@@ -335,6 +336,41 @@ pub fn virtual_timer_asserted() -> bool {
     CNTV_CTL_EL0.is_set(CNTV_CTL_EL0::ENABLE)
         && !CNTV_CTL_EL0.is_set(CNTV_CTL_EL0::IMASK)
         && CNTV_CTL_EL0.is_set(CNTV_CTL_EL0::ISTATUS)
+}
+
+/// Tick of the physical counter at which the resident vCPU's virtual timer asserts its interrupt, unless it is reprogrammed;
+/// `None`: never.
+pub fn virtual_timer_deadline() -> Option<u64> {
+    isb();
+    let runs =
+        CNTV_CTL_EL0.is_set(CNTV_CTL_EL0::ENABLE) && !CNTV_CTL_EL0.is_set(CNTV_CTL_EL0::IMASK);
+    runs.then(|| CNTV_CVAL_EL0.get().saturating_add(CNTVOFF_EL2.get()))
+}
+
+/// CNTHP: has the EL2 timer of this CPU assert its interrupt from tick `deadline` of the physical counter on, or never.
+pub fn set_hypervisor_timer(deadline: Option<u64>) {
+    match deadline {
+        Some(deadline) => {
+            // SAFETY: the register only says when; the CPU's own interrupt follows.
+            unsafe {
+                asm!("msr cnthp_cval_el2, {}", in(reg) deadline, options(nomem, nostack, preserves_flags))
+            };
+            CNTHP_CTL_EL2.write(CNTHP_CTL_EL2::ENABLE::SET);
+        }
+        None => CNTHP_CTL_EL2.set(0),
+    }
+    isb();
+}
+
+/// HCR_EL2.{TWI,TWE}: whether WFI and WFE of the resident vCPU trap, with their variants.
+pub fn trap_waits(trapped: bool) {
+    let held = HCR_EL2.is_set(HCR_EL2::TWI);
+    match (held, trapped) {
+        (false, true) => HCR_EL2.modify(HCR_EL2::TWI::SET + HCR_EL2::TWE::SET),
+        (true, false) => HCR_EL2.modify(HCR_EL2::TWI::CLEAR + HCR_EL2::TWE::CLEAR),
+        _ => return,
+    }
+    isb();
 }
 
 /// ID_AA64PFR0_EL1.RAS.

@@ -19,7 +19,7 @@ use crate::mmu::{
 };
 use crate::sync::percpu;
 use crate::sync::quiescence::CpuId;
-use crate::vm::{Command, Host, Vm, VmConfig};
+use crate::vm::{Command, Host, Placement, Vm, VmConfig};
 
 use super::Refusal;
 use super::params::Params;
@@ -49,6 +49,9 @@ pub(super) struct Cast {
     pub(super) access_flag: AccessFlag,
     /// Bytes of each vCPU's region.
     pub(super) region_bytes: u64,
+    pub(super) placement: Placement,
+    /// Of each vCPU, where it shares a CPU.
+    pub(super) weight: u32,
 }
 
 /// Pages of a region, going on at its start where it ends.
@@ -131,6 +134,8 @@ impl Stage<'_> {
             tracking,
             access_flag: self.access_flag,
             region_bytes: self.params.mib << 20,
+            placement: Placement::Spread,
+            weight: 100,
         }
     }
 
@@ -175,6 +180,8 @@ impl Stage<'_> {
     fn create(&self, cast: Cast) -> Result<Arc<Vm>, Refusal> {
         let config = VmConfig {
             vcpus: cast.vcpus,
+            placement: cast.placement,
+            weight: cast.weight,
             locking: cast.locking,
             splitting: cast.splitting,
             engine: cast.engine,

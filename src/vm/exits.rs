@@ -9,7 +9,7 @@ use crate::vm::psci::{self, Call, Power, Refusal};
 use crate::vm::resident::Resident;
 use crate::vm::smccc::{self, Hypercall};
 use crate::vm::sysreg::{self, Answer, Given};
-use crate::vm::trap::{self, FaultStatus, SystemRegisterAccess, Trap};
+use crate::vm::trap::{self, FaultStatus, SystemRegisterAccess, Trap, Wait};
 use crate::vm::vgic::distributor::index_of;
 use crate::vm::vm::StopReason;
 
@@ -20,7 +20,7 @@ impl Resident<'_> {
             Trap::SystemRegister(access) => self.system_register(access),
             // EL3 and nested virtualization do not exist for guests; nor do the hidden features' instructions.
             Trap::Smc | Trap::HiddenFeature => self.inject(Exception::Undefined),
-            Trap::Wait => self.skip_instruction(),
+            Trap::Wait(wait) => self.wait(wait),
             Trap::InstructionAbort(_) | Trap::DataAbort(_) => self.other_abort(),
             Trap::Aarch32 => self.halt(StopReason::Aarch32),
             Trap::IllegalState | Trap::Unexpected { .. } => self.unexpected(),
@@ -79,7 +79,7 @@ impl Resident<'_> {
         let outcome = target.power.lock().turn_on(entry, context);
         match outcome {
             Ok(()) => {
-                self.vm.kick(target);
+                self.vm.alert(target);
                 smccc::SUCCESS
             }
             Err(refusal) => refusal.value(),
@@ -97,14 +97,21 @@ impl Resident<'_> {
         }
     }
 
-    /// Standby: sleeps until an interrupt of any kind, which the guest may then find or not. WFI at EL2 does not see
-    /// virtual interrupts, so none may be pending.
+    /// Standby: sleeps until an interrupt of any kind, which the guest may then find or not.
     fn suspend(&mut self) -> u64 {
-        self.take_back();
-        if !self.vcpu.private.lock().wakes() {
-            arch::wfi();
-        }
+        self.wait_for_interrupt(None);
         smccc::SUCCESS
+    }
+
+    /// A wait trapped, because this CPU has others to run. One for an event gives the rest of its slice away: whoever it waits
+    /// for may be one of them.
+    fn wait(&mut self, wait: Wait) {
+        self.skip_instruction();
+        if wait.for_event {
+            return self.end_slice();
+        }
+        let until = wait.until.map(|register| self.frame.read(register));
+        self.wait_for_interrupt(until.map(|tick| self.physical_tick(tick)));
     }
 
     /// The built-in guest reports on its last command, if it had one, and waits for the next.

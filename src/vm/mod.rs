@@ -10,7 +10,7 @@
 //! | `short`, `exits`, `mmio` | what exits do, from the shortest path to emulated devices |
 //! | [`trap`], [`inject`], [`sysreg`], [`psci`], [`smccc`] | decoding and deciding, pure |
 //! | [`vgic`], [`vtimer`], [`vuart`] | the devices |
-//! | [`host`], [`run`] | what VMs stand on, and the life of a CPU |
+//! | [`host`], [`run`], [`sched`] | what VMs stand on, the life of a CPU, and who runs next on it |
 #![cfg_attr(
     not(test),
     deny(
@@ -29,6 +29,7 @@ mod mmio;
 pub mod psci;
 mod resident;
 pub mod run;
+pub mod sched;
 mod short;
 pub mod smccc;
 pub mod sysreg;
@@ -45,4 +46,4 @@ pub mod vuart;
 
 pub use host::Host;
 pub use vcpu::Command;
-pub use vm::{Error, StopReason, Vm, VmConfig};
+pub use vm::{Error, Placement, StopReason, Vm, VmConfig};

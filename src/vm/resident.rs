@@ -1,7 +1,8 @@
 //! A vCPU that a CPU holds: its registers are the CPU's, and its run loop runs here.
 //!
-//! `loop { prepare; enter; do what the exit asks }`. A vCPU leaves its CPU only when its VM stops; one that is off or
-//! waits for a command stays, and its CPU sleeps by WFI at EL2.
+//! `loop { prepare; enter; do what the exit asks }`. A vCPU leaves its CPU when its VM stops, when it is moved, and when another
+//! vCPU of the same CPU is to run. One that waits (WFI, off, for a command) stays while nobody else is ready, and its CPU sleeps
+//! by WFI at EL2.
 
 use core::ptr::with_exposed_provenance_mut;
 use core::sync::atomic::Ordering;
@@ -18,6 +19,8 @@ use crate::trace::Event;
 use crate::trace::ring::Mark;
 use crate::vm::host::Host;
 use crate::vm::inject::{self, Exception};
+use crate::vm::run::{self, Held};
+use crate::vm::sched::End;
 use crate::vm::trap::{self, Abort, INSTRUCTION_BYTES};
 use crate::vm::vcpu::{Parked, Vcpu};
 use crate::vm::vgic::interface::{Access, Interface};
@@ -39,16 +42,33 @@ pub(crate) struct Resident<'a> {
     interface: Interface,
     /// The guest waits inside a call for its next command.
     pub(crate) awaiting: bool,
+    /// The guest waits for an interrupt, in a WFI that trapped or in CPU_SUSPEND.
+    pub(crate) asleep: Option<Sleep>,
+    /// Something pending was listed when the lists were last brought up to date.
+    deliverable: bool,
+    /// Whether the vCPU is to make way has to be looked at: the CPU was interrupted, or the guest waits.
+    pub(crate) reconsider: bool,
+    /// When it makes way for others that are ready.
+    slice_end: u64,
+    /// Ticks that the CPU slept since it holds the vCPU.
+    idle_ticks: u64,
     parked: MutexGuard<'a, Parked>,
 }
 
 const _: () = assert!(core::mem::offset_of!(Resident<'static>, frame) == 0);
 
-/// Holds `vcpu` until its VM stops.
-pub(crate) fn hold(host: &'static Host, vm: &Vm, vcpu: &Vcpu) {
+/// A guest's wait for an interrupt.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Sleep {
+    /// Tick of the physical counter at which it ends anyway.
+    pub(crate) until: Option<u64>,
+}
+
+/// Holds `vcpu` until it is to leave this CPU.
+pub(crate) fn hold(host: &'static Host, vm: &Vm, vcpu: &Vcpu) -> Held {
     let mut resident = Resident::load(host, vm, vcpu);
     resident.run();
-    resident.put();
+    resident.put()
 }
 
 impl<'a> Resident<'a> {
@@ -61,8 +81,15 @@ impl<'a> Resident<'a> {
             .record(Mark::Switch, [vcpu.index as u64, 1]);
         // SAFETY: the CPU holds no vCPU. The VM's stage 2 lives until its last vCPU has been put.
         unsafe { arch::load(&parked.el1, vm.vtcr, vttbr) };
+        if vm.was_another_here(cpu, vcpu.index) {
+            // Two vCPUs may use one ASID for different tables.
+            percpu::count(Event::TlbiLocal);
+            arch::tlbi_vmalle1();
+            arch::dsb_nsh();
+        }
         vtimer::load(host, cpu, &vcpu.private.lock());
         vcpu.attention.store(true, Ordering::Relaxed);
+        arch::trap_waits(run::is_shared(cpu.0));
         Self {
             frame: parked.frame.clone(),
             host,
@@ -72,22 +99,45 @@ impl<'a> Resident<'a> {
             fault_ipa: Ipa::new(0),
             interface: Interface::load(Access::of(host.gic), &parked.interface),
             awaiting: parked.awaiting,
+            asleep: parked.asleep,
+            deliverable: false,
+            reconsider: true,
+            slice_end: arch::counter().saturating_add(run::slice_ticks()),
+            idle_ticks: 0,
             parked,
         }
     }
 
-    fn put(&mut self) {
-        self.take_back();
+    fn put(&mut self) -> Held {
+        self.take_back_listed();
+        let end = self.how_it_goes_on();
         vtimer::put(self.host, self.cpu, &mut self.vcpu.private.lock());
         self.parked.interface = self.interface.put();
         self.parked.frame = self.frame.clone();
         self.parked.awaiting = self.awaiting;
+        self.parked.asleep = self.asleep;
         // SAFETY: the CPU holds this vCPU; the idle root translates nothing.
         unsafe { arch::put(&mut self.parked.el1, self.host.services.idle_vttbr) };
         self.vm.stage2.unload(self.cpu);
         percpu::this()
             .ring
             .record(Mark::Switch, [self.vcpu.index as u64, 0]);
+        Held {
+            idle_ticks: self.idle_ticks,
+            end,
+        }
+    }
+
+    /// Whether the vCPU would run if it were picked again, and if not, when its timers want it to.
+    fn how_it_goes_on(&mut self) -> End {
+        if self.is_ready() {
+            return End::Ready;
+        }
+        let times = [
+            self.asleep.and_then(|sleep| sleep.until),
+            vtimer::wakes_at(&self.vcpu.private.lock()),
+        ];
+        End::Asleep(times.into_iter().flatten().min())
     }
 
     fn run(&mut self) {
@@ -104,7 +154,7 @@ impl<'a> Resident<'a> {
         }
     }
 
-    /// Waits until the vCPU may run. False: its VM stops.
+    /// Waits until the vCPU may run. False: it is to leave this CPU.
     fn prepare(&mut self) -> bool {
         loop {
             if self.vm.is_stopping() {
@@ -114,13 +164,49 @@ impl<'a> Resident<'a> {
             if self.vcpu.attention.load(Ordering::Relaxed) {
                 self.relist();
             }
-            if self.is_ready() {
+            let ready = self.is_ready();
+            if (self.reconsider || !ready) && self.makes_way(ready) {
+                return false;
+            }
+            if ready {
                 return true;
             }
-            self.vm.stage2.rest(self.cpu);
-            arch::wfi();
-            self.take_interrupt();
+            self.sleep();
         }
+    }
+
+    /// Whether this CPU has something better to do. If not, its timer is set for when it may have.
+    fn makes_way(&mut self, ready: bool) -> bool {
+        self.reconsider = false;
+        if self.vcpu.cpu() != Some(self.cpu.0) {
+            return true;
+        }
+        let shared = run::is_shared(self.cpu.0);
+        arch::trap_waits(shared);
+        if !shared && self.asleep.is_none() {
+            return false;
+        }
+        let now = arch::counter();
+        let is_over = !ready || now >= self.slice_end;
+        if shared && run::has_rival(self.cpu.0, is_over) {
+            return true;
+        }
+        if is_over {
+            self.slice_end = now.saturating_add(run::slice_ticks());
+        }
+        let own = self.asleep.and_then(|sleep| sleep.until);
+        run::set_alarm(self.cpu.0, own, self.slice_end);
+        false
+    }
+
+    /// Sleeps at EL2 until an interrupt comes, and takes it.
+    fn sleep(&mut self) {
+        self.vm.stage2.rest(self.cpu);
+        let begun = arch::counter();
+        arch::wfi();
+        let slept = arch::counter().wrapping_sub(begun);
+        self.idle_ticks = self.idle_ticks.wrapping_add(slept);
+        self.take_interrupt();
     }
 
     fn is_ready(&mut self) -> bool {
@@ -128,7 +214,7 @@ impl<'a> Resident<'a> {
             return self.receive_command();
         }
         if self.vcpu.is_on() {
-            return true;
+            return self.is_awake();
         }
         match self.vcpu.begin() {
             Some(frame) => {
@@ -139,9 +225,43 @@ impl<'a> Resident<'a> {
         }
     }
 
+    /// Whether there is nothing that the guest waits for, or no longer.
+    fn is_awake(&mut self) -> bool {
+        let Some(sleep) = self.asleep else {
+            return true;
+        };
+        let over = sleep.until.is_some_and(|until| arch::counter() >= until);
+        // The timer's interrupt may still be on its way.
+        let timer = arch::virtual_timer_asserted() && vtimer::is_wanted(&self.vcpu.private.lock());
+        if over || timer || self.deliverable {
+            self.asleep = None;
+        }
+        self.asleep.is_none()
+    }
+
+    /// Others that are ready run first now.
+    pub(crate) fn end_slice(&mut self) {
+        self.slice_end = 0;
+        self.reconsider = true;
+    }
+
+    /// The tick of the physical counter at which the guest's virtual one reads `tick`.
+    pub(crate) fn physical_tick(&self, tick: u64) -> u64 {
+        tick.saturating_add(self.parked.el1.cntvoff)
+    }
+
+    /// The guest waits for an interrupt, until `until` ticks of the physical counter at the latest. One that is pending already
+    /// ends the wait at once.
+    pub(crate) fn wait_for_interrupt(&mut self, until: Option<u64>) {
+        self.asleep = Some(Sleep { until });
+        self.reconsider = true;
+        self.relist();
+    }
+
     /// Gives the vCPU, which CPU_ON started, the registers of a CPU out of reset.
     fn reset(&mut self, frame: Frame) {
         self.frame = frame;
+        self.asleep = None;
         let old = &self.parked.el1;
         *self.parked.el1 = El1::reset(old.vmpidr, old.cntvoff);
         // SAFETY: this CPU holds the vCPU, whose old state ends here.
@@ -207,6 +327,7 @@ impl<'a> Resident<'a> {
     }
 
     fn on_interrupt(&mut self, irq: Irq) {
+        self.reconsider = true;
         let (gic, interrupts) = (self.host.gic, self.host.machine.interrupts);
         percpu::this()
             .ring
@@ -223,18 +344,26 @@ impl<'a> Resident<'a> {
         if intid == interrupts.maintenance {
             self.relist();
         }
+        if intid == interrupts.hypervisor_timer {
+            // Its line would make it pending again; whoever looks for what it was set sets it anew.
+            arch::set_hypervisor_timer(None);
+        }
         gic.deactivate(irq);
     }
 
-    /// Takes everything back from the list registers, so that the model is the truth.
+    /// Takes everything back from the list registers, so that the model is the truth; it is listed again before the guest goes
+    /// on.
     pub(crate) fn take_back(&mut self) {
+        self.take_back_listed();
+        self.vcpu.attention.store(true, Ordering::Relaxed);
+    }
+
+    fn take_back_listed(&mut self) {
         let mut private = self.vcpu.private.lock();
         let ended = self
             .interface
             .take_back(|entry, state| private.take_back(entry, state));
         private.end_unlisted(ended);
-        drop(private);
-        self.vcpu.attention.store(true, Ordering::Relaxed);
     }
 
     /// Brings the list registers up to date with the model.
@@ -255,6 +384,7 @@ impl<'a> Resident<'a> {
         private.end_unlisted(ended);
         let listing = private.list(&wiring);
         drop(private);
+        self.deliverable = listing.has_pending();
         self.interface.list(&listing);
         if listing.release {
             vtimer::deactivate(self.host, self.cpu);

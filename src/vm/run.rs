@@ -1,6 +1,14 @@
-//! The life of a CPU: hold the vCPU it is given, sleep when there is none.
+//! The life of a CPU: run the vCPU that is owed most, sleep when none is to run.
+//!
+//! Each CPU has a queue of turns ([`sched`](crate::vm::sched)), which controllers add to and the CPU itself takes from. What wakes
+//! a turn is a flag of its vCPU, set by whoever has something for it and followed by a kick: waking takes no lock.
+//!
+//! A vCPU that sleeps stays on its CPU while nobody else is ready there, so that a CPU with one vCPU switches nothing. A
+//! CPU with several traps their waits and ends a slice by its EL2 timer (CNTHP); that timer also stands for the timers of vCPUs
+//! that sleep elsewhere than on the CPU. A CPU with one sets neither traps nor timer.
 
 use alloc::sync::Arc;
+use core::sync::atomic::{AtomicUsize, Ordering};
 
 use spin::Mutex;
 
@@ -10,27 +18,101 @@ use crate::dev::machine::MOST_CPUS;
 use crate::sync::percpu;
 use crate::vm::host::{self, Host};
 use crate::vm::resident;
+use crate::vm::sched::{End, Queue, Room};
 use crate::vm::vm::Vm;
 
-/// What a CPU is to hold: written by a controller, taken by the CPU.
-type Seat = Mutex<Option<(Arc<Vm>, usize)>>;
-
-static SEATS: [Seat; MOST_CPUS] = [const { Mutex::new(None) }; MOST_CPUS];
-
-/// Gives CPU `cpu` a vCPU to hold when it is next kicked. False: there is no such CPU, or it has not taken the last one.
-pub(crate) fn give(cpu: usize, vm: Arc<Vm>, vcpu: usize) -> bool {
-    let Some(mut seat) = SEATS.get(cpu).map(Mutex::lock) else {
-        return false;
-    };
-    let free = seat.is_none();
-    if free {
-        *seat = Some((vm, vcpu));
-    }
-    free
+/// A vCPU on a queue.
+#[derive(Clone)]
+struct Turn {
+    vm: Arc<Vm>,
+    vcpu: usize,
 }
 
-fn take(cpu: usize) -> Option<(Arc<Vm>, usize)> {
-    SEATS.get(cpu)?.lock().take()
+/// The queue of one CPU. Lock order: nothing else is locked under it, and nothing allocated.
+#[repr(align(128))]
+struct Place {
+    turns: Mutex<Queue<Turn>>,
+    /// How many those are, for the CPU to look at without the lock.
+    count: AtomicUsize,
+}
+
+static PLACES: [Place; MOST_CPUS] = [const {
+    Place {
+        turns: Mutex::new(Queue::new()),
+        count: AtomicUsize::new(0),
+    }
+}; MOST_CPUS];
+
+/// Slices of a millisecond.
+const SLICES_PER_SECOND: u64 = 1000;
+
+/// Ticks that a turn may run while others wait.
+pub(crate) fn slice_ticks() -> u64 {
+    (arch::counter_hz() / SLICES_PER_SECOND).max(1)
+}
+
+/// Adds a vCPU to the queue of `cpu`, which is kicked to look. False: there is no such CPU.
+pub(crate) fn add(cpu: usize, vm: &Arc<Vm>, vcpu: usize, weight: u32) -> bool {
+    let Some(place) = PLACES.get(cpu) else {
+        return false;
+    };
+    let turn = Turn {
+        vm: vm.clone(),
+        vcpu,
+    };
+    let mut room = Room::of(0);
+    loop {
+        let mut turns = place.turns.lock();
+        turns.move_into(&mut room);
+        if turns.has_room() {
+            turns.add(turn, weight);
+            place.count.store(turns.len(), Ordering::Release);
+            return true;
+        }
+        let wanted = 2 * turns.len() + 2;
+        drop(turns);
+        room = Room::of(wanted);
+    }
+}
+
+/// Whether `cpu`, the calling CPU, has more than one vCPU to run.
+#[inline]
+pub(crate) fn is_shared(cpu: usize) -> bool {
+    PLACES
+        .get(cpu)
+        .is_some_and(|place| place.count.load(Ordering::Acquire) > 1)
+}
+
+/// Whether the turn that `cpu`, the calling CPU, runs has to make way; `is_over`: its slice has ended, or it cannot go on.
+pub(crate) fn has_rival(cpu: usize, is_over: bool) -> bool {
+    let Some(place) = PLACES.get(cpu) else {
+        return false;
+    };
+    let mut turns = place.turns.lock();
+    turns.has_rival(arch::counter(), slice_ticks(), is_over, is_woken)
+}
+
+/// Sets the EL2 timer of `cpu`, the calling CPU, to the first of: `own`, the time of a sleeper on its queue, the slice's end if
+/// somebody else is ready. Whether it will come.
+pub(crate) fn set_alarm(cpu: usize, own: Option<u64>, slice_end: u64) {
+    let queued = PLACES
+        .get(cpu)
+        .filter(|_| is_shared(cpu))
+        .and_then(|place| {
+            let turns = place.turns.lock();
+            let slice = turns.has_ready().then_some(slice_end);
+            turns.alarm().into_iter().chain(slice).min()
+        });
+    arch::set_hypervisor_timer(own.into_iter().chain(queued).min());
+}
+
+fn is_woken(turn: &Turn) -> bool {
+    turn.vm.is_stopping()
+        || turn
+            .vm
+            .vcpus()
+            .get(turn.vcpu)
+            .is_some_and(|vcpu| vcpu.attention.load(Ordering::SeqCst))
 }
 
 /// What every CPU but a controller's does for ever.
@@ -38,16 +120,65 @@ pub fn cpu_loop() -> ! {
     let host = wait_for_host();
     let cpu = percpu::index();
     loop {
-        match take(cpu) {
-            Some((vm, index)) => {
-                if let Some(vcpu) = vm.vcpus().get(index) {
-                    resident::hold(host, &vm, vcpu);
-                }
-                vm.release(index);
+        let_go(cpu);
+        match pick(cpu) {
+            Some(turn) => run(host, cpu, &turn),
+            None => {
+                set_alarm_of_idle(cpu);
+                rest(host.gic);
             }
-            None => rest(host.gic),
         }
     }
+}
+
+fn run(host: &'static Host, cpu: usize, turn: &Turn) {
+    let Some(vcpu) = turn.vm.vcpus().get(turn.vcpu) else {
+        return;
+    };
+    let held = resident::hold(host, &turn.vm, vcpu);
+    if let Some(place) = PLACES.get(cpu) {
+        let mut turns = place.turns.lock();
+        turns.end(arch::counter(), held.idle_ticks, held.end);
+    }
+}
+
+fn pick(cpu: usize) -> Option<Turn> {
+    let mut turns = PLACES.get(cpu)?.turns.lock();
+    turns
+        .pick(arch::counter(), slice_ticks(), is_woken)
+        .cloned()
+}
+
+fn set_alarm_of_idle(cpu: usize) {
+    let alarm = PLACES.get(cpu).and_then(|place| place.turns.lock().alarm());
+    arch::set_hypervisor_timer(alarm);
+}
+
+/// Takes the turns off the queue whose VM stops, and hands those on that belong to another CPU now.
+fn let_go(cpu: usize) {
+    while let Some((turn, weight)) = take_leaving(cpu) {
+        let Turn { vm, vcpu: index } = turn;
+        let elsewhere = vm.vcpus().get(index).and_then(|vcpu| vcpu.cpu());
+        match elsewhere.filter(|home| *home != cpu && !vm.is_stopping()) {
+            Some(home) if add(home, &vm, index, weight) => vm.kick_cpu(home),
+            _ => vm.release(index),
+        }
+    }
+}
+
+fn take_leaving(cpu: usize) -> Option<(Turn, u32)> {
+    let place = PLACES.get(cpu)?;
+    if place.count.load(Ordering::Acquire) == 0 {
+        return None;
+    }
+    let mut turns = place.turns.lock();
+    let leaves = |turn: &Turn| {
+        let vcpu = turn.vm.vcpus().get(turn.vcpu);
+        turn.vm.is_stopping() || vcpu.is_none_or(|vcpu| vcpu.cpu() != Some(cpu))
+    };
+    let taken = turns.take(leaves);
+    place.count.store(turns.len(), Ordering::Release);
+    taken
 }
 
 /// Boot's end wakes the others by a kick, which then stays pending until [`rest`] takes it.
@@ -65,7 +196,24 @@ fn wait_for_host() -> &'static Host {
 pub fn rest(gic: &Gic) {
     arch::wfi();
     if let Some(irq) = gic.acknowledge() {
+        // Its line would make the timer pending again at once.
+        arch::set_hypervisor_timer(None);
         gic.priority_drop(irq);
         gic.deactivate(irq);
     }
+}
+
+/// As [`rest`], until tick `deadline` of the counter at the latest. For controllers.
+pub fn rest_until(gic: &Gic, deadline: u64) {
+    arch::set_hypervisor_timer(Some(deadline));
+    rest(gic);
+    arch::set_hypervisor_timer(None);
+}
+
+/// How long a vCPU was held, and what it does now.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Held {
+    /// Ticks that the CPU only waited.
+    pub(crate) idle_ticks: u64,
+    pub(crate) end: End,
 }

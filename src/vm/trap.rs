@@ -26,7 +26,7 @@ pub enum Trap {
     /// `SMC`; ELR_EL2 is at it.
     Smc,
     /// `WFI`, `WFE` and their variants with a timeout; ELR_EL2 is at it.
-    Wait,
+    Wait(Wait),
     /// `MRS` or `MSR`; ELR_EL2 is at it.
     SystemRegister(SystemRegisterAccess),
     /// A stage-2 abort on an instruction fetch.
@@ -161,11 +161,20 @@ pub struct SystemRegisterAccess {
     pub write: bool,
 }
 
+/// A trapped wait.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Wait {
+    /// For an event (`WFE`, `WFET`) rather than an interrupt.
+    pub for_event: bool,
+    /// The general register that says until which tick of the virtual counter (`WFIT`, `WFET`).
+    pub until: Option<u8>,
+}
+
 /// Decodes ESR_EL2 of a synchronous exception from a lower level.
 pub fn decode(esr: u64) -> Trap {
     let iss = esr & ISS_BITS;
     match bits(esr, EC_SHIFT, EC_BITS) {
-        0x01 => Trap::Wait,
+        0x01 => Trap::Wait(wait(iss)),
         0x16 => Trap::Hvc {
             immediate: low16(iss),
         },
@@ -178,6 +187,16 @@ pub fn decode(esr: u64) -> Trap {
         0x0e => Trap::IllegalState,
         0x03..=0x06 | 0x08 | 0x0c | 0x11..=0x13 | 0x28 | 0x38 | 0x3a => Trap::Aarch32,
         class => Trap::Unexpected { class },
+    }
+}
+
+/// ISS of a trapped WF* instruction: TI, RV, RN (D24.2.40).
+fn wait(iss: u64) -> Wait {
+    const VALID: u64 = 1 << 2;
+    let kind = bits(iss, 0, 3);
+    Wait {
+        for_event: kind & 1 != 0,
+        until: (kind & 2 != 0 && iss & VALID != 0).then(|| bits(iss, 5, 31)),
     }
 }
 
@@ -319,6 +338,19 @@ const fn low16(value: u64) -> u16 {
 
 #[cfg(test)]
 mod tests {
+    #[test]
+    fn waits_say_for_what_and_until_when() {
+        let decoded = |iss: u64| match decode(1 << EC_SHIFT | iss) {
+            Trap::Wait(wait) => (wait.for_event, wait.until),
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(decoded(0), (false, None));
+        assert_eq!(decoded(1), (true, None));
+        assert_eq!(decoded(7 << 5 | 1 << 2 | 2), (false, Some(7)));
+        assert_eq!(decoded(31 << 5 | 1 << 2 | 3), (true, Some(31)));
+        assert_eq!(decoded(7 << 5 | 2), (false, None), "no register is given");
+    }
+
     use std::vec::Vec;
 
     use super::{
@@ -350,7 +382,7 @@ mod tests {
         let mut unexpected = Vec::new();
         for class in 0..64_u64 {
             match decode(class << EC_SHIFT) {
-                Trap::Wait => assert_eq!(class, 0x01),
+                Trap::Wait(_) => assert_eq!(class, 0x01),
                 Trap::Hvc { .. } => assert_eq!(class, 0x16),
                 Trap::Smc => assert_eq!(class, 0x17),
                 Trap::SystemRegister(_) => assert_eq!(class, 0x18),

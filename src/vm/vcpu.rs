@@ -12,6 +12,7 @@ use spin::Mutex;
 use crate::arch::context::{El1, Frame};
 use crate::vm::inject::{PSTATE_DAIF, PSTATE_EL1H};
 use crate::vm::psci::Power;
+use crate::vm::resident::Sleep;
 use crate::vm::vgic::distributor::vmpidr;
 use crate::vm::vgic::interface::Saved;
 use crate::vm::vgic::private::Private;
@@ -34,7 +35,8 @@ pub struct Vcpu {
     pub index: usize,
     /// Its private interrupts.
     pub(crate) private: Mutex<Private>,
-    /// The private interrupts changed; cleared by the holder before it lists them.
+    /// Something for the vCPU changed (its interrupts, its power, a command): the CPU that has it looks before it goes on, and a
+    /// sleeping vCPU is woken to look. Cleared by the holder before it looks.
     pub(crate) attention: AtomicBool,
     /// Whether it is on.
     pub(crate) power: Mutex<Power>,
@@ -62,6 +64,20 @@ pub(crate) struct Parked {
     pub(crate) interface: Saved,
     /// The guest waits inside a call for its next command.
     pub(crate) awaiting: bool,
+    /// It waits for an interrupt.
+    pub(crate) asleep: Option<Sleep>,
+}
+
+impl Parked {
+    fn out_of_reset(index: usize, cntvoff: u64) -> Self {
+        Self {
+            frame: Frame::new(0, 0),
+            el1: Box::new(El1::reset(vmpidr(index), cntvoff)),
+            interface: Saved::default(),
+            awaiting: false,
+            asleep: None,
+        }
+    }
 }
 
 impl Vcpu {
@@ -73,28 +89,43 @@ impl Vcpu {
             attention: AtomicBool::new(false),
             power: Mutex::new(Power::Off),
             mailbox: Mutex::new(Mailbox::default()),
-            parked: Mutex::new(Parked {
-                frame: Frame::new(0, 0),
-                el1: Box::new(El1::reset(vmpidr(index), cntvoff)),
-                interface: Saved::default(),
-                awaiting: false,
-            }),
+            parked: Mutex::new(Parked::out_of_reset(index, cntvoff)),
             cpu: AtomicUsize::new(NOWHERE),
         }
     }
 
+    /// Makes it a vCPU that is off, as [`Vcpu::new`] does. No CPU has it.
+    pub(crate) fn reset(&self, gicv3: bool, cntvoff: u64) {
+        *self.private.lock() = Private::new(gicv3);
+        *self.power.lock() = Power::Off;
+        *self.mailbox.lock() = Mailbox::default();
+        *self.parked.lock() = Parked::out_of_reset(self.index, cntvoff);
+    }
+
     /// The CPU that holds it.
     pub fn cpu(&self) -> Option<usize> {
-        Some(self.cpu.load(Ordering::Acquire)).filter(|cpu| *cpu != NOWHERE)
+        Some(self.cpu.load(Ordering::SeqCst)).filter(|cpu| *cpu != NOWHERE)
     }
 
     pub(crate) fn set_cpu(&self, cpu: Option<usize>) {
-        self.cpu.store(cpu.unwrap_or(NOWHERE), Ordering::Release);
+        self.cpu.store(cpu.unwrap_or(NOWHERE), Ordering::SeqCst);
     }
 
-    /// Tells the holder that the private interrupts changed. True: a kick is needed, because none is on its way.
+    /// Changes the CPU that has it, if one has. That CPU hands it on when it next looks. Whoever demands attention before this
+    /// kicks that CPU, and the new one looks after it is handed the vCPU; whoever does so later kicks the new one: of flag and
+    /// place each side writes one and then reads the other.
+    pub(crate) fn move_to(&self, cpu: usize) -> Option<usize> {
+        let changed = self
+            .cpu
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |held| {
+                (held != NOWHERE).then_some(cpu)
+            });
+        changed.ok()
+    }
+
+    /// Tells the holder that something changed. True: a kick is needed, because none is on its way.
     pub(crate) fn demand_attention(&self) -> bool {
-        !self.attention.swap(true, Ordering::AcqRel)
+        !self.attention.swap(true, Ordering::SeqCst)
     }
 
     /// Takes CPU_ON's request, if there is one: the registers to begin with.

@@ -24,6 +24,7 @@ use crate::sync::percpu;
 use crate::sync::quiescence::CpuId;
 use crate::vm::host::{self, Host};
 use crate::vm::run;
+use crate::vm::sched;
 use crate::vm::vcpu::{Command, Vcpu};
 use crate::vm::vgic::distributor::{
     REDISTRIBUTOR_BYTES, V2_DISTRIBUTOR_BYTES, V3_DISTRIBUTOR_BYTES,
@@ -51,8 +52,12 @@ const MOST_VCPUS_V2: usize = 8;
 /// What is chosen when a VM is created.
 #[derive(Clone, Copy, Debug)]
 pub struct VmConfig {
-    /// Number of vCPUs; the machine has one CPU more.
+    /// Number of vCPUs.
     pub vcpus: usize,
+    /// Which CPUs they begin on.
+    pub placement: Placement,
+    /// What each gets of a CPU that it shares, against the weights of the others there: 1 to 1000.
+    pub weight: u32,
     /// What its MMU lock costs.
     pub locking: Locking,
     /// How blocks become tables while it is logged.
@@ -69,6 +74,25 @@ pub struct VmConfig {
     pub entry: Ipa,
 }
 
+/// Which CPUs a VM's vCPUs begin on. CPU 0 is the controller's.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Placement {
+    /// vCPU `i` on CPU `i + 1`, and from CPU 1 on again where there are fewer.
+    Spread,
+    /// All on this one.
+    On(usize),
+}
+
+impl Placement {
+    /// The CPU, of `cpus`, that vCPU `index` begins on; `None`: there is none.
+    fn cpu_of(self, index: usize, cpus: usize) -> Option<usize> {
+        match self {
+            Self::Spread => Some(1 + index.checked_rem(cpus.checked_sub(1)?)?),
+            Self::On(cpu) => Some(cpu).filter(|cpu| (1..cpus).contains(cpu)),
+        }
+    }
+}
+
 /// Why a VM could not be created.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Error {
@@ -78,6 +102,10 @@ pub enum Error {
     TooManyVcpus(usize),
     /// The entry point is none that A64 code can have.
     BadEntry(Ipa),
+    /// No guest runs on this CPU, or there is none of that number.
+    NoSuchCpu(usize),
+    /// A weight is 1 to 1000.
+    BadWeight(u32),
     /// The machine's CPUs address too little memory.
     NoShape,
 }
@@ -94,6 +122,8 @@ impl fmt::Display for Error {
             Self::Mmu(error) => write!(f, "{error}"),
             Self::TooManyVcpus(most) => write!(f, "a VM of this machine has at most {most} vCPUs"),
             Self::BadEntry(entry) => write!(f, "no code can begin at {entry}"),
+            Self::NoSuchCpu(cpu) => write!(f, "CPU {cpu} runs no guests"),
+            Self::BadWeight(weight) => write!(f, "a weight is 1 to 1000, not {weight}"),
             Self::NoShape => write!(
                 f,
                 "the machine's CPUs address too little memory for a guest"
@@ -105,7 +135,7 @@ impl fmt::Display for Error {
 /// Why a VM does not run any more.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum StopReason {
-    /// The CPU that was to hold the vCPU holds another.
+    /// The CPU that was to run the vCPU does not exist.
     NoCpu,
     /// The guest called SYSTEM_OFF.
     SystemOff,
@@ -147,12 +177,17 @@ pub struct Vm {
     /// GICD_CTLR: the groups that are forwarded.
     pub(crate) gic_control: AtomicU32,
     gic: &'static Gic,
+    placement: Placement,
+    weight: u32,
+    entry: Ipa,
     vcpus: Box<[Vcpu]>,
+    /// By CPU: the vCPU that it loaded last. Each word is its CPU's own.
+    last_on: Box<[AtomicUsize]>,
     uart: Mutex<Vuart>,
     /// The vCPUs are to leave their CPUs.
     stopping: AtomicBool,
     reasons: Mutex<Vec<Option<StopReason>>>,
-    /// CPUs that hold a vCPU or are about to.
+    /// vCPUs that are on a CPU's queue.
     held: AtomicUsize,
     /// The vCPU whose report the controller sleeps for.
     awaited: AtomicUsize,
@@ -177,12 +212,17 @@ impl Vm {
         let shape =
             Shape::new(GUEST_ADDRESS_BITS.min(host.features.pa_bits)).ok_or(Error::NoShape)?;
         let gicv3 = host.gic_version() == 3;
-        let most =
-            host.cpus()
-                .saturating_sub(1)
-                .min(if gicv3 { MOST_VCPUS_V3 } else { MOST_VCPUS_V2 });
+        let most = if gicv3 { MOST_VCPUS_V3 } else { MOST_VCPUS_V2 };
         if config.vcpus > most {
             return Err(Error::TooManyVcpus(most));
+        }
+        if !sched::WEIGHTS.contains(&config.weight) {
+            return Err(Error::BadWeight(config.weight));
+        }
+        if let Placement::On(cpu) = config.placement
+            && !(1..host.cpus()).contains(&cpu)
+        {
+            return Err(Error::NoSuchCpu(cpu));
         }
         let geometry = Stage2Geometry {
             ipa_bits: shape.ipa_bits(),
@@ -211,6 +251,10 @@ impl Vm {
             pa_range: pa_range(shape.ipa_bits()),
             gic_control: AtomicU32::new(0),
             gic: host.gic,
+            placement: config.placement,
+            weight: config.weight,
+            entry: config.entry,
+            last_on: (0..host.cpus()).map(|_| AtomicUsize::new(NOBODY)).collect(),
             vcpus: (0..config.vcpus)
                 .map(|index| Vcpu::new(index, gicv3, counter))
                 .collect(),
@@ -227,11 +271,18 @@ impl Vm {
         {
             vm.add_device(GICC, virtual_interface, GICC_BYTES)?;
         }
-        if let Some(first) = vm.vcpus.first() {
-            let turned_on = first.power.lock().turn_on(config.entry.raw(), RAM.raw());
-            turned_on.map_err(|_| Error::BadEntry(config.entry))?;
-        }
+        vm.turn_first_on()?;
         Ok(Arc::new(vm))
+    }
+
+    fn turn_first_on(&self) -> Result<(), Error> {
+        match self.vcpus.first() {
+            Some(first) => {
+                let turned_on = first.power.lock().turn_on(self.entry.raw(), RAM.raw());
+                turned_on.map_err(|_| Error::BadEntry(self.entry))
+            }
+            None => Ok(()),
+        }
     }
 
     fn add_device(&self, ipa: Ipa, pa: Pa, bytes: u64) -> Result<SlotId, Error> {
@@ -260,17 +311,18 @@ impl Vm {
         self.gic.version()
     }
 
-    /// Puts vCPU `i` on CPU `i + 1`; those that are off wait there. After [`Vm::stop`] everything goes on where it
-    /// was; a VM that stopped by itself does not.
+    /// Puts every vCPU on the queue of its CPU; those that are off sleep there. After [`Vm::stop`] everything goes on where it
+    /// was, on the CPUs of the VM's placement; a VM that stopped by itself does not.
     pub fn start(self: &Arc<Self>, host: &Host) {
         if self.reasons.lock().iter().any(Option::is_some) {
             return;
         }
         self.stopping.store(false, Ordering::SeqCst);
-        for (vcpu, cpu) in self.vcpus.iter().zip(1..host.cpus()) {
-            vcpu.set_cpu(Some(cpu));
+        for vcpu in &self.vcpus {
+            let cpu = self.placement.cpu_of(vcpu.index, host.cpus());
+            vcpu.set_cpu(cpu);
             self.held.fetch_add(1, Ordering::AcqRel);
-            if !run::give(cpu, self.clone(), vcpu.index) {
+            if !cpu.is_some_and(|cpu| run::add(cpu, self, vcpu.index, self.weight)) {
                 vcpu.set_cpu(None);
                 self.held.fetch_sub(1, Ordering::AcqRel);
                 self.halt(vcpu.index, StopReason::NoCpu);
@@ -281,11 +333,55 @@ impl Vm {
         }
     }
 
+    /// Moves `vcpu` to the queue of `cpu`, at once if it runs; it goes on there. A VM that is not started stays where it is.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoSuchCpu`].
+    pub fn move_vcpu(&self, host: &Host, vcpu: usize, cpu: usize) -> Result<(), Error> {
+        if !(1..host.cpus()).contains(&cpu) {
+            return Err(Error::NoSuchCpu(cpu));
+        }
+        let left = self.vcpus.get(vcpu).and_then(|vcpu| vcpu.move_to(cpu));
+        if let Some(left) = left.filter(|left| *left != cpu) {
+            self.kick_cpu(left);
+        }
+        Ok(())
+    }
+
+    /// Gives every vCPU the state out of reset, vCPU 0 about to begin, as if the VM had just been created; memory stays as it
+    /// is. The VM has been stopped, by whomever.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::BadEntry`]: never, the entry was good before.
+    pub fn reset(&self, host: &Host) -> Result<(), Error> {
+        self.stop(host);
+        self.gic_control.store(0, Ordering::Relaxed);
+        let counter = arch::counter();
+        for vcpu in &self.vcpus {
+            vcpu.reset(self.gic_version() == 3, counter);
+        }
+        self.reasons.lock().fill(None);
+        *self.uart.lock() = Vuart::default();
+        self.turn_first_on()
+    }
+
+    /// Notes that `cpu`, the calling CPU, loads `vcpu`. Whether it loaded another vCPU of this VM before, whose entries its TLB may
+    /// hold.
+    pub(crate) fn was_another_here(&self, cpu: CpuId, vcpu: usize) -> bool {
+        self.last_on.get(cpu.0).is_some_and(|last| {
+            let before = last.load(Ordering::Relaxed);
+            last.store(vcpu, Ordering::Relaxed);
+            before != NOBODY && before != vcpu
+        })
+    }
+
     /// Gives `vcpu` its next command; the one before has been reported. No such vCPU: nothing happens.
     pub fn post(&self, vcpu: usize, command: Command) {
         if let Some(target) = self.vcpus.get(vcpu) {
             target.mailbox.lock().command = Some(command);
-            self.kick(target);
+            self.alert(target);
         }
     }
 
@@ -379,11 +475,22 @@ impl Vm {
         host::kick(gic, controller);
     }
 
-    /// Makes the CPU that holds `vcpu` look at what was asked of it.
+    /// Something for `vcpu` changed: wakes it if it sleeps, and makes the CPU that has it look.
+    pub(crate) fn alert(&self, vcpu: &Vcpu) {
+        if vcpu.demand_attention() {
+            self.kick(vcpu);
+        }
+    }
+
+    /// Makes the CPU that has `vcpu` look at what was asked of it.
     pub(crate) fn kick(&self, vcpu: &Vcpu) {
         if let Some(cpu) = vcpu.cpu() {
-            host::kick(self.gic, cpu);
+            self.kick_cpu(cpu);
         }
+    }
+
+    pub(crate) fn kick_cpu(&self, cpu: usize) {
+        host::kick(self.gic, cpu);
     }
 
     fn kick_all(&self) {

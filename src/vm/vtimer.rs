@@ -7,6 +7,7 @@
 //! | the line drops before the guest took it | deactivated by EL2 when the list registers are next brought up to date |
 //! | the vCPU leaves the CPU | deactivated; pending or not follows the line when it is loaded again |
 
+use crate::arch;
 use crate::sync::quiescence::CpuId;
 use crate::vm::host::Host;
 use crate::vm::vgic::private::Private;
@@ -32,6 +33,17 @@ pub(crate) fn load(host: &Host, cpu: CpuId, private: &Private) {
     if private.holds() {
         set_active(host, cpu, true);
     }
+}
+
+/// Whether the resident guest would be given the timer's interrupt now, had the timer fired: it is enabled, and EL2 has not
+/// taken it yet.
+pub(crate) fn is_wanted(private: &Private) -> bool {
+    !private.holds() && private.is_enabled(INTID)
+}
+
+/// Tick of the physical counter at which the resident vCPU's timer would wake its guest. The list registers are taken back.
+pub(crate) fn wakes_at(private: &Private) -> Option<u64> {
+    arch::virtual_timer_deadline().filter(|_| is_wanted(private))
 }
 
 /// The vCPU leaves: its physical interrupt is another's now.

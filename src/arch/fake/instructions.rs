@@ -115,6 +115,13 @@ pub fn tlbi_vmalle1is() {
     });
 }
 
+/// `TLBI VMALLE1`: the same on this CPU only.
+pub fn tlbi_vmalle1() {
+    execute(Event::TlbiVmalle1, |state| {
+        state.invalidate(Scope::Stage1, false)
+    });
+}
+
 /// `TLBI VMALLS12E1IS`: drops all entries of the current VMID, all CPUs.
 pub fn tlbi_vmalls12e1is() {
     execute(Event::TlbiVmalls12e1is, |state| {

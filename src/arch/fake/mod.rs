@@ -111,6 +111,8 @@ pub enum Event {
     TlbiRipas2e1is(Ipa, u64),
     /// `TLBI VMALLE1IS`.
     TlbiVmalle1is,
+    /// `TLBI VMALLE1`.
+    TlbiVmalle1,
     /// `TLBI VMALLS12E1IS`.
     TlbiVmalls12e1is,
     /// `TLBI VMALLS12E1`.

@@ -113,6 +113,17 @@ pub fn set_virtual_timer_asserted(asserted: bool) {
     TIMER_ASSERTED.set(asserted);
 }
 
+/// When the virtual timer fires: it never does.
+pub fn virtual_timer_deadline() -> Option<u64> {
+    None
+}
+
+/// CNTHP: nothing here interrupts.
+pub fn set_hypervisor_timer(_deadline: Option<u64>) {}
+
+/// HCR_EL2.{TWI,TWE}: no guest waits here.
+pub fn trap_waits(_trapped: bool) {}
+
 /// No error is ever deferred.
 pub fn take_deferred_serror() -> Option<u64> {
     None

@@ -24,8 +24,8 @@ pub use registers::{
     smc, syndrome,
 };
 pub use tlbi::{
-    tlbi_alle1is, tlbi_ipas2e1, tlbi_ipas2e1is, tlbi_ripas2e1is, tlbi_vaae1, tlbi_vmalle1is,
-    tlbi_vmalls12e1, tlbi_vmalls12e1is,
+    tlbi_alle1is, tlbi_ipas2e1, tlbi_ipas2e1is, tlbi_ripas2e1is, tlbi_vaae1, tlbi_vmalle1,
+    tlbi_vmalle1is, tlbi_vmalls12e1, tlbi_vmalls12e1is,
 };
 pub use vttbr::{replace_vttbr, set_vttbr, shield_stage1, vttbr, with_vttbr};
 

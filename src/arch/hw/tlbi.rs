@@ -33,6 +33,8 @@ invalidations! {
     tlbi_vaae1(va: Va) => "tlbi vaae1, {}";
     /// `TLBI VMALLE1IS`: drops stage-1 and combined entries of the current VMID, all CPUs.
     tlbi_vmalle1is() => "tlbi vmalle1is";
+    /// `TLBI VMALLE1`: the same on this CPU only.
+    tlbi_vmalle1() => "tlbi vmalle1";
     /// `TLBI VMALLS12E1IS`: drops all entries of the current VMID, all CPUs.
     tlbi_vmalls12e1is() => "tlbi vmalls12e1is";
     /// `TLBI VMALLS12E1`: the same on this CPU only.

@@ -51,6 +51,16 @@ pub struct Listing {
     pub release: bool,
 }
 
+impl Listing {
+    /// Whether something is listed that the guest is to take.
+    pub fn has_pending(&self) -> bool {
+        self.entries
+            .iter()
+            .flatten()
+            .any(|entry| entry.state.is_pending())
+    }
+}
+
 /// Most list registers there can be.
 pub const MOST_LISTS: usize = 16;
 
@@ -97,6 +107,11 @@ impl Private {
     pub fn hold(&mut self, intid: u8) {
         self.taken_anew = self.held & bit(intid) != 0;
         self.held |= bit(intid);
+    }
+
+    /// Whether `intid` is enabled.
+    pub fn is_enabled(&self, intid: u8) -> bool {
+        self.enabled & bit(intid) != 0
     }
 
     /// Whether EL2 holds the physical twin of an interrupt.
