@@ -4,6 +4,7 @@ use crate::vm::resident::Resident;
 use crate::vm::trap::{self, Transfer};
 use crate::vm::vcpu::Vcpu;
 use crate::vm::vgic::distributor::{self, Receivers, Register};
+use crate::vm::vgic::shared_registers;
 use crate::vm::vm::Device;
 
 const WORD: u64 = 4;
@@ -112,6 +113,10 @@ impl Resident<'_> {
             Register::Private(offset) => {
                 self.private_of(of, |vcpu| vcpu.private.lock().read(offset))
             }
+            Register::Shared(offset) => {
+                self.take_back();
+                self.vm.shared.lock().read(offset)
+            }
             Register::SgiSenders(first, _) => {
                 self.private_of(of, |vcpu| vcpu.private.lock().sgi_senders(first))
             }
@@ -144,9 +149,23 @@ impl Resident<'_> {
                 self.send_sgi(intid, receivers, None);
             }
             Register::Control => self.set_control(value),
+            Register::Shared(offset) => return self.write_shared(offset, value, lanes),
             Register::Constant(_) | Register::OwnTarget | Register::Waker => return,
         }
         if let Some(vcpu) = self.vm.vcpus().get(of) {
+            self.notify(vcpu);
+        }
+    }
+
+    fn write_shared(&mut self, offset: u64, value: u32, lanes: u32) {
+        self.take_back();
+        let vm = self.vm;
+        let mut shared = vm.shared.lock();
+        shared.write(offset, value, lanes);
+        let intids = shared_registers::interrupts(offset, shared.routing());
+        let concerned = vm.concern(&shared, intids);
+        drop(shared);
+        for vcpu in vm.members(concerned) {
             self.notify(vcpu);
         }
     }
@@ -165,7 +184,9 @@ impl Resident<'_> {
             .gic_control
             .store(value & GROUPS, core::sync::atomic::Ordering::Relaxed);
         let vm = self.vm;
-        vm.vcpus().iter().for_each(|vcpu| self.notify(vcpu));
+        for vcpu in vm.vcpus() {
+            self.notify(vcpu);
+        }
     }
 
     /// ICC_SGI1R_EL1 or ICC_SGI0R_EL1.
@@ -211,13 +232,6 @@ impl Resident<'_> {
         private.send(intid, sender);
         drop(private);
         self.notify(vcpu);
-    }
-
-    /// `vcpu`'s interrupts changed.
-    fn notify(&self, vcpu: &Vcpu) {
-        if vcpu.demand_attention() && vcpu.index != self.vcpu.index {
-            self.vm.kick(vcpu);
-        }
     }
 }
 

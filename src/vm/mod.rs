@@ -8,6 +8,7 @@
 //! | [`vm`] | what a controller sees: create, fill, start, post commands, stop, destroy |
 //! | [`vcpu`], `resident` | a vCPU as others see it, and on the CPU that holds it: the run loop |
 //! | `short`, `exits`, `mmio` | what exits do, from the shortest path to emulated devices |
+//! | `deliver` | interrupts on their way to a vCPU and into its list registers |
 //! | [`trap`], [`inject`], [`sysreg`], [`psci`], [`smccc`] | decoding and deciding, pure |
 //! | [`vgic`], [`vtimer`], [`vuart`] | the devices |
 //! | [`host`], [`run`], [`sched`] | what VMs stand on, the life of a CPU, and who runs next on it |
@@ -22,6 +23,7 @@
     )
 )]
 
+mod deliver;
 mod exits;
 pub mod host;
 pub mod inject;

@@ -24,7 +24,6 @@ use crate::vm::sched::End;
 use crate::vm::trap::{self, Abort, INSTRUCTION_BYTES};
 use crate::vm::vcpu::{Parked, Vcpu};
 use crate::vm::vgic::interface::{Access, Interface};
-use crate::vm::vgic::private::Wiring;
 use crate::vm::vm::{StopReason, Vm, this_cpu};
 use crate::vm::vtimer;
 
@@ -39,13 +38,13 @@ pub(crate) struct Resident<'a> {
     pub(crate) cpu: CpuId,
     /// What the abort short path found out about the fault that made it give up.
     pub(crate) fault_ipa: Ipa,
-    interface: Interface,
+    pub(crate) interface: Interface,
     /// The guest waits inside a call for its next command.
     pub(crate) awaiting: bool,
     /// The guest waits for an interrupt, in a WFI that trapped or in CPU_SUSPEND.
     pub(crate) asleep: Option<Sleep>,
     /// Something pending was listed when the lists were last brought up to date.
-    deliverable: bool,
+    pub(crate) deliverable: bool,
     /// Whether the vCPU is to make way has to be looked at: the CPU was interrupted, or the guest waits.
     pub(crate) reconsider: bool,
     /// When it makes way for others that are ready.
@@ -349,45 +348,5 @@ impl<'a> Resident<'a> {
             arch::set_hypervisor_timer(None);
         }
         gic.deactivate(irq);
-    }
-
-    /// Takes everything back from the list registers, so that the model is the truth; it is listed again before the guest goes
-    /// on.
-    pub(crate) fn take_back(&mut self) {
-        self.take_back_listed();
-        self.vcpu.attention.store(true, Ordering::Relaxed);
-    }
-
-    fn take_back_listed(&mut self) {
-        let mut private = self.vcpu.private.lock();
-        let ended = self
-            .interface
-            .take_back(|entry, state| private.take_back(entry, state));
-        private.end_unlisted(ended);
-    }
-
-    /// Brings the list registers up to date with the model.
-    fn relist(&mut self) {
-        self.vcpu.attention.swap(false, Ordering::AcqRel);
-        let control = self.vm.gic_control.load(Ordering::Relaxed);
-        let wiring = Wiring {
-            group0_enabled: control & 1 != 0,
-            group1_enabled: control & 2 != 0,
-            linked: vtimer::link(self.host),
-            asserted: arch::virtual_timer_asserted(),
-            lists: self.interface.lists(),
-        };
-        let mut private = self.vcpu.private.lock();
-        let ended = self
-            .interface
-            .take_back(|entry, state| private.take_back(entry, state));
-        private.end_unlisted(ended);
-        let listing = private.list(&wiring);
-        drop(private);
-        self.deliverable = listing.has_pending();
-        self.interface.list(&listing);
-        if listing.release {
-            vtimer::deactivate(self.host, self.cpu);
-        }
     }
 }

@@ -38,6 +38,8 @@ pub struct Vcpu {
     /// Something for the vCPU changed (its interrupts, its power, a command): the CPU that has it looks before it goes on, and a
     /// sleeping vCPU is woken to look. Cleared by the holder before it looks.
     pub(crate) attention: AtomicBool,
+    /// A shared interrupt may be in flight for it; set and cleared under the lock of the shared interrupts.
+    pub(crate) spis: AtomicBool,
     /// Whether it is on.
     pub(crate) power: Mutex<Power>,
     pub(crate) mailbox: Mutex<Mailbox>,
@@ -87,6 +89,7 @@ impl Vcpu {
             index,
             private: Mutex::new(Private::new(gicv3)),
             attention: AtomicBool::new(false),
+            spis: AtomicBool::new(false),
             power: Mutex::new(Power::Off),
             mailbox: Mutex::new(Mailbox::default()),
             parked: Mutex::new(Parked::out_of_reset(index, cntvoff)),
@@ -97,6 +100,7 @@ impl Vcpu {
     /// Makes it a vCPU that is off, as [`Vcpu::new`] does. No CPU has it.
     pub(crate) fn reset(&self, gicv3: bool, cntvoff: u64) {
         *self.private.lock() = Private::new(gicv3);
+        self.spis.store(false, Ordering::Relaxed);
         *self.power.lock() = Power::Off;
         *self.mailbox.lock() = Mailbox::default();
         *self.parked.lock() = Parked::out_of_reset(self.index, cntvoff);

@@ -29,6 +29,7 @@ use crate::vm::vcpu::{Command, Vcpu};
 use crate::vm::vgic::distributor::{
     REDISTRIBUTOR_BYTES, V2_DISTRIBUTOR_BYTES, V3_DISTRIBUTOR_BYTES,
 };
+use crate::vm::vgic::shared::{Routing, Shared};
 use crate::vm::vuart::{self, Vuart};
 
 /// Bits of a guest's physical address space, where the machine's is not smaller.
@@ -176,6 +177,8 @@ pub struct Vm {
     pub(crate) pa_range: u64,
     /// GICD_CTLR: the groups that are forwarded.
     pub(crate) gic_control: AtomicU32,
+    /// Its shared interrupts.
+    pub(crate) shared: Mutex<Shared>,
     gic: &'static Gic,
     placement: Placement,
     weight: u32,
@@ -250,6 +253,7 @@ impl Vm {
             vtcr: arch::vtcr(geometry),
             pa_range: pa_range(shape.ipa_bits()),
             gic_control: AtomicU32::new(0),
+            shared: Mutex::new(Shared::new(Routing::new(gicv3, config.vcpus))),
             gic: host.gic,
             placement: config.placement,
             weight: config.weight,
@@ -358,9 +362,11 @@ impl Vm {
     pub fn reset(&self, host: &Host) -> Result<(), Error> {
         self.stop(host);
         self.gic_control.store(0, Ordering::Relaxed);
+        let gicv3 = self.gic_version() == 3;
+        *self.shared.lock() = Shared::new(Routing::new(gicv3, self.vcpus.len()));
         let counter = arch::counter();
         for vcpu in &self.vcpus {
-            vcpu.reset(self.gic_version() == 3, counter);
+            vcpu.reset(gicv3, counter);
         }
         self.reasons.lock().fill(None);
         *self.uart.lock() = Vuart::default();

@@ -1,10 +1,12 @@
 //! The register frames of the virtual distributors: which register an access names, for GICv2 (IHI 0048B, 4.3) and
 //! GICv3 (IHI 0069H, 12.9 to 12.11).
 //!
-//! There are no SPIs (ITLinesNumber = 0), so everything private is a register of [`Private`](super::private::Private);
-//! what is left is shared by the VM and small.
+//! Registers of private interrupts are those of [`Private`](super::private::Private), registers of SPIs those of
+//! [`Shared`](super::shared::Shared); what is left is small.
 
 use super::registers::IGROUPR;
+use super::shared::{self, Routing};
+use super::shared_registers;
 
 /// Bytes of GICv3's GICD frame.
 pub const V3_DISTRIBUTOR_BYTES: u64 = 0x1_0000;
@@ -40,6 +42,8 @@ pub enum Register {
     Constant(u32),
     /// A register of the accessing (GICv2) or addressed (GICv3) vCPU's private interrupts.
     Private(u64),
+    /// A register of the VM's shared interrupts.
+    Shared(u64),
     /// GICv2's GICD_ITARGETSR for private interrupts: the accessing CPU's own bit in each byte.
     OwnTarget,
     /// GICv2's GICD_SGIR.
@@ -52,8 +56,10 @@ pub enum Register {
 
 /// Implementer Arm, no product: an identity of our own.
 const IDENTITY: u32 = 0x43b;
-/// GICD_TYPER of GICv3: no SPIs, 16 bits of INTID as ICH_VTR offers, no LPIs.
-const V3_TYPER: u32 = 15 << 19;
+/// GICD_TYPER.ITLinesNumber: how many words of 32 SPIs there are.
+const LINES: u32 = shared::SPIS as u32 / 32;
+/// GICD_TYPER of GICv3: 16 bits of INTID as ICH_VTR offers, no LPIs, no message-based SPIs.
+const V3_TYPER: u32 = 15 << 19 | LINES;
 
 /// GICv2's GICD at `offset`, a multiple of four, for a VM of `vcpus`.
 pub fn v2(offset: u64, vcpus: usize) -> Register {
@@ -61,7 +67,7 @@ pub fn v2(offset: u64, vcpus: usize) -> Register {
     match offset {
         CTLR => Register::Control,
         TYPER => Register::Constant(
-            u32::try_from(vcpus.saturating_sub(1)).unwrap_or(7).min(7) << CPU_NUMBER,
+            u32::try_from(vcpus.saturating_sub(1)).unwrap_or(7).min(7) << CPU_NUMBER | LINES,
         ),
         IIDR => Register::Constant(IDENTITY),
         _ if first_word(offset) || CONFIGURATION.contains(&offset) => Register::Private(offset),
@@ -74,7 +80,7 @@ pub fn v2(offset: u64, vcpus: usize) -> Register {
             Register::SgiSenders(offset - V2_SPENDSGIR.start, true)
         }
         V2_PIDR2 => Register::Constant(2 << 4),
-        _ => Register::Constant(0),
+        _ => of_shared(offset, Routing::Targets(vcpus)),
     }
 }
 
@@ -96,7 +102,15 @@ pub fn v3(offset: u64) -> Register {
         TYPER => Register::Constant(V3_TYPER),
         IIDR => Register::Constant(IDENTITY),
         V3_PIDR2 => Register::Constant(3 << 4),
-        _ => Register::Constant(0),
+        _ => of_shared(offset, Routing::Affinity),
+    }
+}
+
+fn of_shared(offset: u64, routing: Routing) -> Register {
+    if shared_registers::interrupts(offset, routing).is_empty() {
+        Register::Constant(0)
+    } else {
+        Register::Shared(offset)
     }
 }
 
@@ -256,19 +270,28 @@ mod tests {
     }
 
     #[test]
-    fn there_are_no_shared_interrupts() {
-        assert!(matches!(v3(4), Register::Constant(typer) if typer & 0x1f == 0));
+    fn there_are_96_shared_interrupts() {
+        assert!(matches!(v3(4), Register::Constant(typer) if typer & 0x1f == 3));
         assert!(
-            matches!(v2(4, 4), Register::Constant(typer) if typer & 0x1f == 0 && typer >> 5 & 7 == 3)
+            matches!(v2(4, 4), Register::Constant(typer) if typer & 0x1f == 3 && typer >> 5 & 7 == 3)
         );
-        assert_eq!(v2(0x104, 4), Register::Constant(0));
         assert_eq!(v2(0x100, 4), Register::Private(0x100));
-        assert_eq!(v2(0x420, 4), Register::Constant(0));
+        assert_eq!(v2(0x10c, 4), Register::Shared(0x10c));
+        assert_eq!(v2(0x110, 4), Register::Constant(0));
+        assert_eq!(v2(0x420, 4), Register::Shared(0x420));
+        assert_eq!(v2(0x820, 4), Register::Shared(0x820));
+        assert_eq!(
+            v2(0x820, 1),
+            Register::Constant(0),
+            "a single CPU has no targets to choose"
+        );
         assert_eq!(
             v3(0x100),
             Register::Constant(0),
             "private interrupts are the redistributor's"
         );
+        assert_eq!(v3(0x820), Register::Constant(0));
+        assert_eq!(v3(0x6100), Register::Shared(0x6100));
     }
 
     #[test]

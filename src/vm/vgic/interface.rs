@@ -1,7 +1,7 @@
 //! The hypervisor's side of the virtual CPU interface, on the CPU that holds the vCPU: ICH_* or GICH.
 
+use super::listing::{Listing, MOST_LISTS};
 use super::lists::{Entry, Format, State};
-use super::private::{Listing, MOST_LISTS};
 use crate::arch;
 use crate::dev::gic::Gic;
 use crate::dev::mmio::Registers;
@@ -14,10 +14,10 @@ const GICH_LR: usize = 0x100;
 
 /// ICH_HCR_EL2 and GICH_HCR: the virtual interface is on.
 const HCR_ENABLE: u64 = 1 << 0;
-/// As above: maintenance interrupt when at most one list register is in use.
-const HCR_UNDERFLOW: u64 = 1 << 1;
 /// As above: maintenance interrupt when the guest ended an interrupt that is not listed.
 const HCR_NOT_PRESENT: u64 = 1 << 2;
+/// As above: maintenance interrupt when no listed interrupt is pending.
+const HCR_NONE_PENDING: u64 = 1 << 3;
 const HCR_EOI_COUNT: u32 = 27;
 
 /// Where the registers are.
@@ -47,7 +47,18 @@ pub struct Interface {
     /// What each list register was given; `None`: free.
     listed: [Option<Entry>; MOST_LISTS],
     in_use: bool,
-    overflow: bool,
+    /// Active interrupts are not listed.
+    active_left: bool,
+    hcr: u64,
+}
+
+/// What has become of interrupts in flight.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Returned<'a> {
+    /// The guest has ended this many interrupts that were not listed. Comes before the others.
+    Unlisted(u32),
+    /// A listed one is in this state now; `None`: deactivated.
+    Listed(&'a Entry, Option<State>),
 }
 
 /// What the virtual CPU interface of a vCPU that is not resident holds beside listed interrupts.
@@ -65,7 +76,8 @@ impl Interface {
             count: count(access),
             listed: [None; MOST_LISTS],
             in_use: false,
-            overflow: false,
+            active_left: false,
+            hcr: HCR_ENABLE,
         };
         match access {
             Access::V3 => {
@@ -111,54 +123,46 @@ impl Interface {
         self.count
     }
 
-    /// Empties the list registers, telling `each` what became of every interrupt (`None`: deactivated). Returns how many
-    /// interrupts that were not listed the guest has ended.
-    pub fn take_back(&mut self, mut each: impl FnMut(&Entry, Option<State>)) -> u32 {
-        if !self.in_use && !self.overflow {
-            return 0;
+    /// Empties the list registers, telling `each` what became of every interrupt.
+    pub fn take_back(&mut self, mut each: impl FnMut(Returned<'_>)) {
+        if !self.in_use {
+            return;
         }
+        self.in_use = false;
         if matches!(self.access, Access::V3) {
             arch::ich_settle();
         }
+        if self.active_left {
+            let ended = self.hcr() >> HCR_EOI_COUNT & 0x1f;
+            each(Returned::Unlisted(u32::try_from(ended).unwrap_or(0)));
+        }
         let (access, format) = (self.access, self.format());
         for (index, place) in self.listed.iter_mut().enumerate() {
-            if let Some(entry) = place.take() {
-                each(
-                    &entry,
-                    format
-                        .decode(read_list(access, index))
-                        .map(|entry| entry.state),
-                );
-                write_list(access, index, 0);
-            }
+            let Some(entry) = place.take() else { break };
+            let left = format.decode(read_list(access, index));
+            each(Returned::Listed(&entry, left.map(|left| left.state)));
+            write_list(access, index, 0);
         }
-        self.in_use = false;
-        let ended = if self.overflow {
-            (self.hcr() >> HCR_EOI_COUNT) & 0x1f
-        } else {
-            0
-        };
-        u32::try_from(ended).unwrap_or(0)
     }
 
     /// Lists what `listing` says; the list registers are empty.
     pub fn list(&mut self, listing: &Listing) {
         let format = self.format();
-        for (index, entry) in listing.entries.iter().enumerate().take(self.count) {
-            let Some(entry) = entry else { break };
+        for (index, entry) in listing.listed().enumerate().take(self.count) {
             write_list(self.access, index, format.encode(entry));
             self.in_use = true;
         }
         self.listed = listing.entries;
-        if listing.overflow || self.overflow {
-            let more = if listing.overflow {
-                HCR_UNDERFLOW | HCR_NOT_PRESENT
-            } else {
-                0
-            };
-            self.set_hcr(HCR_ENABLE | more);
+        let when = |left, maintenance| if left { maintenance } else { 0 };
+        let hcr = HCR_ENABLE
+            | when(listing.pending_left, HCR_NONE_PENDING)
+            | when(listing.active_left, HCR_NOT_PRESENT);
+        // Writing it also resets the count of ended interrupts.
+        if hcr != self.hcr || self.active_left {
+            self.set_hcr(hcr);
         }
-        self.overflow = listing.overflow;
+        self.hcr = hcr;
+        self.active_left = listing.active_left;
     }
 
     fn format(&self) -> Format {
@@ -217,6 +221,7 @@ const fn low_word(value: u64) -> u32 {
 mod tests {
     use super::{Access, Interface, Saved};
     use crate::arch;
+    use crate::vm::vgic::flight::{Models, SpiSet};
     use crate::vm::vgic::lists::{Format, State};
     use crate::vm::vgic::private::{Private, Wiring};
 
@@ -234,29 +239,36 @@ mod tests {
         private
     }
 
+    fn relist(private: &mut Private, interface: &mut Interface) {
+        let mut models = Models {
+            home: 0,
+            private,
+            shared: None,
+        };
+        interface.take_back(|what| models.take_back(what, &mut SpiSet::default()));
+        interface.list(&models.list(&WIRING, |_| false).0);
+    }
+
     #[test]
     fn an_interrupt_goes_through_the_list_registers_and_is_gone() {
         let (mut private, mut interface) =
             (private(), Interface::load(Access::V3, &Saved::default()));
         private.send(5, 0);
-        interface.list(&private.list(&WIRING));
+        relist(&mut private, &mut interface);
         let entry = Format::V3.decode(arch::ich_lr(0)).unwrap();
         assert_eq!((entry.intid, entry.state), (5, State::Pending));
         arch::set_ich_lr(0, 0);
-        let mut seen = 0;
-        interface.take_back(|entry, state| {
-            seen += 1;
-            private.take_back(entry, state);
-        });
-        assert_eq!(seen, 1);
-        assert!(private.list(&WIRING).entries.iter().all(Option::is_none));
+        let mut seen = Vec::new();
+        interface.take_back(|what| seen.push(format!("{what:?}")));
+        assert_eq!(seen.len(), 1);
+        assert!(seen[0].ends_with("None)"), "{seen:?}");
     }
 
     #[test]
     fn nothing_in_flight_reads_no_list_register() {
         let mut interface = Interface::load(Access::V3, &Saved::default());
         arch::set_ich_lr(0, u64::MAX);
-        interface.take_back(|_, _| panic!("nothing was listed"));
+        interface.take_back(|_| panic!("nothing was listed"));
     }
 
     #[test]
@@ -266,14 +278,13 @@ mod tests {
         for intid in 0..5 {
             private.send(intid, 0);
         }
-        interface.list(&private.list(&WIRING));
-        assert_eq!(arch::ich_hcr(), 0b111);
+        relist(&mut private, &mut interface);
+        assert_eq!(arch::ich_hcr(), 0b1001);
         for index in 0..4 {
             arch::set_ich_lr(index, 0);
         }
-        interface.take_back(|entry, state| private.take_back(entry, state));
-        interface.list(&private.list(&WIRING));
-        assert_eq!(arch::ich_hcr(), 0b001);
+        relist(&mut private, &mut interface);
+        assert_eq!(arch::ich_hcr(), 0b0001);
         assert_eq!(Format::V3.decode(arch::ich_lr(0)).unwrap().intid, 4);
     }
 }

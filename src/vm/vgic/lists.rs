@@ -18,7 +18,7 @@ pub enum State {
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Entry {
     /// What the guest reads when it takes it.
-    pub intid: u8,
+    pub intid: u16,
     /// Sender of an SGI on GICv2, as the guest numbers its CPUs; zero otherwise.
     pub source: u8,
     /// Five bits are implemented: the upper ones.
@@ -29,6 +29,8 @@ pub struct Entry {
     pub state: State,
     /// The physical interrupt that the guest's deactivation deactivates, too.
     pub hardware: Option<u16>,
+    /// The guest's deactivation raises the maintenance interrupt; not together with `hardware`.
+    pub tell: bool,
 }
 
 /// Which format a machine's list registers have.
@@ -41,7 +43,9 @@ pub enum Format {
 }
 
 const PRIORITY: u64 = 0xf8;
-const SGIS: u8 = 16;
+const SGIS: u16 = 16;
+/// From here on numbers are special or LPIs'.
+const INTIDS: u16 = 1020;
 
 mod v3 {
     pub(super) const HW: u64 = 1 << 61;
@@ -50,6 +54,8 @@ mod v3 {
     pub(super) const PRIORITY: u32 = 48;
     pub(super) const PINTID: u32 = 32;
     pub(super) const PINTID_BITS: u64 = 0x1fff;
+    /// Without HW, the field's upper bit asks for maintenance.
+    pub(super) const TELL: u64 = 1 << 41;
 }
 
 mod v2 {
@@ -61,6 +67,8 @@ mod v2 {
     pub(super) const PHYSICAL: u32 = 10;
     pub(super) const PHYSICAL_BITS: u64 = 0x3ff;
     pub(super) const SOURCE_BITS: u64 = 0x7;
+    /// Without HW, the field's upper bit asks for maintenance.
+    pub(super) const TELL: u64 = 1 << 19;
 }
 
 impl State {
@@ -98,9 +106,10 @@ impl Format {
         let (intid, priority) = (u64::from(entry.intid), u64::from(entry.priority) & PRIORITY);
         match self {
             Self::V3 => {
+                let told = if entry.tell { v3::TELL } else { 0 };
                 let hardware = entry
                     .hardware
-                    .map_or(0, |pintid| v3::HW | u64::from(pintid) << v3::PINTID);
+                    .map_or(told, |pintid| v3::HW | u64::from(pintid) << v3::PINTID);
                 let group = if entry.group1 { v3::GROUP1 } else { 0 };
                 entry.state.bits() << v3::STATE
                     | hardware
@@ -113,7 +122,10 @@ impl Format {
                     Some(pintid) => {
                         v2::HW | (u64::from(pintid) & v2::PHYSICAL_BITS) << v2::PHYSICAL
                     }
-                    None => (u64::from(entry.source) & v2::SOURCE_BITS) << v2::PHYSICAL,
+                    None => {
+                        let told = if entry.tell { v2::TELL } else { 0 };
+                        (u64::from(entry.source) & v2::SOURCE_BITS) << v2::PHYSICAL | told
+                    }
                 };
                 let group = if entry.group1 { v2::GROUP1 } else { 0 };
                 entry.state.bits() << v2::STATE
@@ -125,7 +137,7 @@ impl Format {
         }
     }
 
-    /// What a list register holds; `None` when it is free, or when it holds none of a vCPU's private interrupts.
+    /// What a list register holds; `None` when it is free.
     pub fn decode(self, register: u64) -> Option<Entry> {
         let (state, hw, group1, priority) = match self {
             Self::V3 => (
@@ -142,10 +154,10 @@ impl Format {
             ),
         };
         let intid = match self {
-            Self::V3 => u8::try_from(register & 0xffff_ffff),
-            Self::V2 => u8::try_from(register & 0x3ff),
+            Self::V3 => u16::try_from(register & 0xffff_ffff),
+            Self::V2 => u16::try_from(register & 0x3ff),
         };
-        let intid = intid.ok().filter(|intid| *intid < 32)?;
+        let intid = intid.ok().filter(|intid| *intid < INTIDS)?;
         let physical = match self {
             Self::V3 => register >> v3::PINTID & v3::PINTID_BITS,
             Self::V2 => register >> v2::PHYSICAL & v2::PHYSICAL_BITS,
@@ -154,6 +166,10 @@ impl Format {
             u16::try_from(physical).ok()
         } else {
             None
+        };
+        let told = match self {
+            Self::V3 => v3::TELL,
+            Self::V2 => v2::TELL,
         };
         let has_source = self == Self::V2 && hardware.is_none() && intid < SGIS;
         let source = if has_source {
@@ -168,6 +184,7 @@ impl Format {
             group1: register & group1 != 0,
             state: State::from_bits(state)?,
             hardware,
+            tell: hardware.is_none() && register & told != 0,
         })
     }
 }
@@ -179,10 +196,14 @@ mod tests {
     #[test]
     fn every_entry_comes_back_from_its_register() {
         for format in [Format::V2, Format::V3] {
-            for intid in 0..32 {
+            for intid in [0, 1, 15, 16, 27, 31, 32, 127, 1019] {
                 for state in [State::Pending, State::Active, State::PendingAndActive] {
                     for priority in (0..=0xf8).step_by(8) {
-                        for (hardware, group1) in [(None, true), (None, false), (Some(27), true)] {
+                        for (hardware, group1, tell) in [
+                            (None, true, false),
+                            (None, false, true),
+                            (Some(27), true, false),
+                        ] {
                             let sources =
                                 if format == Format::V2 && hardware.is_none() && intid < 16 {
                                     8
@@ -197,6 +218,7 @@ mod tests {
                                     group1,
                                     state,
                                     hardware,
+                                    tell,
                                 };
                                 assert_eq!(format.decode(format.encode(&entry)), Some(entry));
                             }
@@ -224,8 +246,17 @@ mod tests {
             group1: true,
             state: State::Pending,
             hardware: Some(27),
+            tell: false,
         };
         assert_eq!(Format::V3.encode(&entry), 0x70a0_001b_0000_001b);
         assert_eq!(Format::V2.encode(&entry), 0xda00_6c1b);
+        let entry = Entry {
+            intid: 33,
+            hardware: None,
+            tell: true,
+            ..entry
+        };
+        assert_eq!(Format::V3.encode(&entry), 0x50a0_0200_0000_0021);
+        assert_eq!(Format::V2.encode(&entry), 0x5a08_0021);
     }
 }

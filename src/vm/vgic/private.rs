@@ -1,15 +1,23 @@
 //! The private interrupts of one vCPU (16 SGIs, 16 PPIs): a distributor's view of them, as a pure model.
 //!
-//! The model is the truth while no interrupt is listed. Listing ([`Private::list`]) hands interrupts to the virtual CPU
-//! interface; taking back ([`Private::take_back`]) reads what the guest made of them. Both happen on the vCPU's own CPU
-//! and only when something changed, so a vCPU without interrupts in flight costs nothing.
+//! The model is the truth while no interrupt is listed. Listing ([`Private::offer`], [`Private::remove`]) hands interrupts
+//! to the virtual CPU interface; taking back ([`Private::take_back`]) reads what the guest made of them. Both happen on the
+//! vCPU's own CPU and only when something changed, so a vCPU without interrupts in flight costs nothing.
+//!
+//! PPIs are level-sensitive, and ICFGR1 says so: pending while the device asserts its line, or from a write to ISPENDR
+//! until the guest takes it. A listed one asks for maintenance when the guest ends it, so that a line that is still
+//! asserted makes it pending again.
+//!
+//! On GICv2 an SGI is pending once for each sender. A list register names one sender, and a number may be listed once
+//! (IHI 0048B, 5.2.3), so the senders take turns: the next is listed when the guest has ended the one before.
 //!
 //! # The interrupt that is linked to hardware
 //!
 //! The virtual timer's physical interrupt stays active from the moment EL2 takes it until the guest deactivates its
 //! virtual twin, which hardware then does for both. `Private::held` records that. Undelivered and no longer asserted
-//! it is given back ([`Listing::release`]), so the physical active state never leaks.
+//! it is given back ([`Private::release`]), so the physical active state never leaks.
 
+use super::listing::Listing;
 use super::lists::{Entry, State};
 
 /// Number of SGIs.
@@ -23,46 +31,24 @@ pub(super) const SGI_BITS: u32 = 0xffff;
 pub struct Private {
     pub(super) enabled: u32,
     pub(super) group1: u32,
-    /// PPIs that are edge-triggered; SGIs always are.
-    pub(super) edge: u32,
-    /// PPIs that are latched pending.
+    /// SGIs that were sent and PPIs that a write made pending, and that were not taken since.
     pub(super) pending: u32,
-    /// PPIs that were taken and not deactivated.
+    /// PPIs whose devices assert their lines.
+    pub(super) line: u32,
+    /// Taken and not deactivated.
     pub(super) active: u32,
     pub(super) priority: [u8; PRIVATE as usize],
     /// Per SGI, the senders (GICv2) or bit 0 (GICv3) for which it is pending.
-    pub(super) sgi_pending: [u8; SGIS as usize],
-    /// As `sgi_pending`, for taken and not deactivated.
-    pub(super) sgi_active: [u8; SGIS as usize],
+    pub(super) senders: [u8; SGIS as usize],
+    /// Per SGI, the sender of the one that is active, or was last.
+    pub(super) sender: [u8; SGIS as usize],
     /// The PPI whose physical twin EL2 has taken and nobody has deactivated.
     pub(super) held: u32,
     /// It was taken anew before the model learnt that its guest had deactivated it.
-    taken_anew: bool,
+    pub(super) taken_anew: bool,
+    /// Behind the interrupt that the guest took last: the next of its priority to be listed.
+    pub(super) turn: u16,
 }
-
-/// What is to be done with the virtual CPU interface.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct Listing {
-    /// What to list, first come most urgent; `None` from some place on.
-    pub entries: [Option<Entry>; MOST_LISTS],
-    /// More is in flight than could be listed: ask for a maintenance interrupt.
-    pub overflow: bool,
-    /// The physical twin has to be deactivated.
-    pub release: bool,
-}
-
-impl Listing {
-    /// Whether something is listed that the guest is to take.
-    pub fn has_pending(&self) -> bool {
-        self.entries
-            .iter()
-            .flatten()
-            .any(|entry| entry.state.is_pending())
-    }
-}
-
-/// Most list registers there can be.
-pub const MOST_LISTS: usize = 16;
 
 /// What a vCPU's interrupts depend on beside their own state.
 #[derive(Clone, Copy, Debug)]
@@ -79,28 +65,47 @@ pub struct Wiring {
     pub lists: usize,
 }
 
+impl Wiring {
+    /// Of a word of interrupts, those in groups that are forwarded.
+    pub(super) fn forwarded(&self, group1: u32) -> u32 {
+        let of = |enabled, group| if enabled { group } else { 0 };
+        of(self.group1_enabled, group1) | of(self.group0_enabled, !group1)
+    }
+}
+
 impl Private {
     /// The state out of reset. On GICv3 everything begins in group 1, on GICv2 in group 0.
     pub const fn new(group1: bool) -> Self {
         Self {
             enabled: 0,
             group1: if group1 { u32::MAX } else { 0 },
-            edge: SGI_BITS,
             pending: 0,
+            line: 0,
             active: 0,
             priority: [0; PRIVATE as usize],
-            sgi_pending: [0; SGIS as usize],
-            sgi_active: [0; SGIS as usize],
+            senders: [0; SGIS as usize],
+            sender: [0; SGIS as usize],
             held: 0,
             taken_anew: false,
+            turn: 0,
         }
     }
 
     /// An SGI arrives; several for one receiver and sender merge.
     pub fn send(&mut self, intid: u8, source: u8) {
-        if let Some(senders) = self.sgi_pending.get_mut(usize::from(intid)) {
+        if let Some(senders) = self.senders.get_mut(usize::from(intid)) {
             *senders |= 1 << (source & 7);
+            self.pending |= bit(intid);
         }
+    }
+
+    /// The device behind PPI `intid`, one that is not linked to hardware, asserts its line, or does not any more. Returns
+    /// whether the list registers are to be brought up to date.
+    pub fn set_line(&mut self, intid: u8, asserted: bool) -> bool {
+        let it = bit(intid) & !SGI_BITS;
+        let before = self.line;
+        self.line = if asserted { before | it } else { before & !it };
+        self.line != before
     }
 
     /// EL2 has taken the physical twin of `intid`, which stays active.
@@ -129,212 +134,193 @@ impl Private {
         self.held = 0;
     }
 
+    /// Gives a held interrupt back that the guest is not handling and whose line has dropped. True: its physical twin has
+    /// to be deactivated.
+    pub fn release(&mut self, wiring: &Wiring) -> bool {
+        let linked = bit(wiring.linked.0);
+        let release = self.held & linked & !self.active != 0 && !wiring.asserted;
+        if release {
+            self.held &= !linked;
+        }
+        release
+    }
+
     /// Whether an SGI is in group 1.
     pub fn is_group1(&self, intid: u8) -> bool {
         self.group1 & bit(intid) != 0
     }
 
-    /// Whether an enabled interrupt is pending, which ends a sleep.
-    pub fn wakes(&self) -> bool {
-        (self.pending | self.held & !self.active | sgi_bits(&self.sgi_pending)) & self.enabled != 0
+    /// What ISPENDR reads.
+    pub(super) fn all_pending(&self) -> u32 {
+        self.pending | self.line | self.held & !self.active
     }
 
     /// Takes back what was `listed`, in the state the guest left it (`None`: deactivated).
     pub fn take_back(&mut self, listed: &Entry, state: Option<State>) {
-        let (pending, active) = state.map_or((false, false), |state| {
-            (state.is_pending(), state.is_active())
-        });
-        let index = usize::from(listed.intid);
-        if listed.intid < SGIS {
-            let sender = 1 << (listed.source & 7);
-            if let Some(senders) = self.sgi_pending.get_mut(index) {
-                *senders |= if pending { sender } else { 0 };
+        let Ok(intid) = u8::try_from(listed.intid) else {
+            return;
+        };
+        let (it, index) = (bit(intid), usize::from(intid));
+        let pending = state.is_some_and(State::is_pending);
+        if state.is_some_and(State::is_active) {
+            self.active |= it;
+            if let Some(sender) = self.sender.get_mut(index) {
+                *sender = listed.source;
             }
-            if let Some(senders) = self.sgi_active.get_mut(index) {
-                *senders |= if active { sender } else { 0 };
+        }
+        if intid < SGIS {
+            if pending {
+                self.send(intid, listed.source);
             }
             return;
         }
-        let it = bit(listed.intid);
-        self.active |= if active { it } else { 0 };
-        if listed.hardware.is_none() {
-            self.pending |= if pending { it } else { 0 };
-        } else if state.is_none() && !core::mem::take(&mut self.taken_anew) {
+        if listed.state.is_pending() && !pending {
+            self.pending &= !it;
+        }
+        let ended = listed.hardware.is_some() && state.is_none();
+        if ended && !core::mem::take(&mut self.taken_anew) {
             self.held &= !it;
         }
     }
 
-    /// `count` interrupts that were active and not listed have been ended: the most urgent ones.
-    pub fn end_unlisted(&mut self, count: u32) {
-        for _ in 0..count {
-            let most_urgent = (0..PRIVATE)
-                .filter(|it| self.is_active(*it))
-                .min_by_key(|it| self.priority_of(*it));
-            let Some(intid) = most_urgent else { return };
-            self.active &= !bit(intid);
-            if let Some(senders) = self.sgi_active.get_mut(usize::from(intid)) {
-                *senders &= senders.wrapping_sub(1);
-            }
+    /// If the guest has taken `listed`, of any kind, the turn passes to the next.
+    pub fn take_turn(&mut self, listed: &Entry, state: Option<State>) {
+        if listed.state.is_pending() && !state.is_some_and(State::is_pending) {
+            self.turn = listed.intid + 1;
         }
     }
 
-    /// Decides what to list and takes it out of the model.
-    pub fn list(&mut self, wiring: &Wiring) -> Listing {
-        let linked = bit(wiring.linked.0);
-        // A held interrupt that the guest is not handling follows its line.
-        let release = self.held & linked != 0 && self.active & linked == 0 && !wiring.asserted;
-        if release {
-            self.held &= !linked;
-        }
-        let mut listing = Listing {
-            entries: [None; MOST_LISTS],
-            overflow: false,
-            release,
-        };
-        let most = wiring.lists.min(MOST_LISTS);
-        self.for_each_in_flight(wiring, |entry| insert(&mut listing, most, entry));
-        for entry in listing.entries.iter().flatten() {
-            self.remove(entry);
-        }
-        listing
+    /// The most urgent active interrupt: its priority and its number.
+    pub fn most_urgent_active(&self) -> Option<(u8, u16)> {
+        Bits(self.active)
+            .map(|intid| (self.priority_of(intid), u16::from(intid)))
+            .min()
     }
 
-    fn for_each_in_flight(&self, wiring: &Wiring, mut visit: impl FnMut(Entry)) {
-        let forwarded = (if wiring.group1_enabled {
-            self.group1
-        } else {
-            0
-        }) | (if wiring.group0_enabled {
-            !self.group1
-        } else {
-            0
-        });
-        let deliver = forwarded & self.enabled;
-        let entry = |intid: u8, state, source, hardware| Entry {
-            intid,
+    /// The guest has ended `intid`, which is not listed.
+    pub fn deactivate(&mut self, intid: u8) {
+        self.active &= !bit(intid);
+    }
+
+    /// Offers what is in flight to `listing`.
+    pub fn offer(&self, wiring: &Wiring, listing: &mut Listing) {
+        let deliver = wiring.forwarded(self.group1) & self.enabled;
+        let pending = (self.pending | self.line | self.held) & deliver;
+        for intid in Bits(pending | self.active) {
+            let (pending, active) = (pending & bit(intid) != 0, self.active & bit(intid) != 0);
+            let entry = if intid < SGIS {
+                self.sgi(intid, pending, active)
+            } else {
+                self.ppi(intid, active, wiring)
+            };
+            listing.offer(entry);
+        }
+    }
+
+    fn sgi(&self, intid: u8, pending: bool, active: bool) -> Entry {
+        let (senders, last) = (self.senders_of(intid), self.sender_of(intid));
+        let source = if active { last } else { next(senders, last) };
+        let others = pending && senders & !bit8(source) != 0;
+        let again = pending && senders & bit8(source) != 0 && !others;
+        Entry {
+            intid: u16::from(intid),
             source,
             priority: self.priority_of(intid),
             group1: self.is_group1(intid),
-            state,
-            hardware,
-        };
-        for (intid, (pending, active)) in
-            (0..SGIS).zip(self.sgi_pending.iter().zip(&self.sgi_active))
-        {
-            let pending = if deliver & bit(intid) != 0 {
-                *pending
+            state: match (again, active) {
+                (true, true) => State::PendingAndActive,
+                (false, true) => State::Active,
+                (_, false) => State::Pending,
+            },
+            hardware: None,
+            tell: others,
+        }
+    }
+
+    fn ppi(&self, intid: u8, active: bool, wiring: &Wiring) -> Entry {
+        let linked = intid == wiring.linked.0 && self.held & bit(intid) != 0;
+        Entry {
+            intid: u16::from(intid),
+            source: 0,
+            priority: self.priority_of(intid),
+            group1: self.is_group1(intid),
+            // Whether it is pending again is known when it has been deactivated: by hardware if it is linked, by
+            // maintenance if not.
+            state: if active {
+                State::Active
             } else {
-                0
-            };
-            let mut senders = pending | active;
-            while let Some(source) = lowest(senders) {
-                senders &= !(1 << source);
-                if let Some(state) = state(pending >> source & 1 != 0, active >> source & 1 != 0) {
-                    visit(entry(intid, state, source, None));
-                }
-            }
-        }
-        let pending = (self.pending | self.held) & deliver;
-        for intid in (SGIS..PRIVATE).filter(|intid| (pending | self.active) & bit(*intid) != 0) {
-            let linked = (intid == wiring.linked.0 && self.held & bit(intid) != 0)
-                .then_some(wiring.linked.1);
-            match state(pending & bit(intid) != 0, self.active & bit(intid) != 0) {
-                // Hardware cannot hold both for a linked interrupt; its line makes it pending again after deactivation.
-                Some(State::PendingAndActive) if linked.is_some() => {
-                    visit(entry(intid, State::Active, 0, linked))
-                }
-                Some(state) => visit(entry(intid, state, 0, linked)),
-                None => {}
-            }
+                State::Pending
+            },
+            hardware: linked.then_some(wiring.linked.1),
+            tell: !linked,
         }
     }
 
-    fn remove(&mut self, entry: &Entry) {
-        let it = bit(entry.intid);
-        if entry.intid < SGIS {
-            let sender = 1 << (entry.source & 7);
-            let index = usize::from(entry.intid);
-            if let Some(senders) = self
-                .sgi_pending
-                .get_mut(index)
-                .filter(|_| entry.state.is_pending())
-            {
-                *senders &= !sender;
-            }
-            if let Some(senders) = self.sgi_active.get_mut(index) {
-                *senders &= !sender;
-            }
+    /// Takes what is now listed out of the model.
+    pub fn remove(&mut self, entry: &Entry) {
+        let Ok(intid) = u8::try_from(entry.intid) else {
             return;
-        }
-        self.active &= !it;
-        if entry.state.is_pending() {
-            self.pending &= !it;
+        };
+        self.active &= !bit(intid);
+        if let Some(senders) = self
+            .senders
+            .get_mut(usize::from(intid))
+            .filter(|_| entry.state.is_pending())
+        {
+            *senders &= !bit8(entry.source);
+            if *senders == 0 {
+                self.pending &= !bit(intid);
+            }
         }
     }
 
-    fn senders(&self, of: &[u8; SGIS as usize], intid: u8) -> u8 {
-        of.get(usize::from(intid)).copied().unwrap_or(0)
+    pub(super) fn senders_of(&self, intid: u8) -> u8 {
+        self.senders.get(usize::from(intid)).copied().unwrap_or(0)
+    }
+
+    fn sender_of(&self, intid: u8) -> u8 {
+        self.sender.get(usize::from(intid)).copied().unwrap_or(0)
     }
 
     fn priority_of(&self, intid: u8) -> u8 {
         self.priority.get(usize::from(intid)).copied().unwrap_or(0)
     }
+}
 
-    fn is_active(&self, intid: u8) -> bool {
-        self.active & bit(intid) != 0 || self.senders(&self.sgi_active, intid) != 0
+/// Of `senders`, the one behind `last`.
+fn next(senders: u8, last: u8) -> u8 {
+    let behind = (last + 1) & 7;
+    let distance = senders.rotate_right(u32::from(behind)).trailing_zeros();
+    u8::try_from(distance).map_or(0, |distance| (behind + distance) & 7)
+}
+
+/// The numbers of the bits that are set.
+pub(super) struct Bits(pub(super) u32);
+
+impl Iterator for Bits {
+    type Item = u8;
+
+    fn next(&mut self) -> Option<u8> {
+        let position = u8::try_from(self.0.trailing_zeros())
+            .ok()
+            .filter(|it| *it < 32)?;
+        self.0 &= self.0 - 1;
+        Some(position)
     }
-}
-
-/// Puts `entry` where its urgency belongs: by priority, active before pending, lower number first.
-fn insert(listing: &mut Listing, most: usize, entry: Entry) {
-    let urgency = |entry: &Entry| {
-        (
-            entry.priority,
-            entry.state == State::Pending,
-            entry.intid,
-            entry.source,
-        )
-    };
-    let mut next = Some(entry);
-    for place in listing.entries.iter_mut().take(most) {
-        let Some(inserted) = next else { return };
-        match place {
-            Some(there) if urgency(there) <= urgency(&inserted) => {}
-            _ => next = place.replace(inserted),
-        }
-    }
-    listing.overflow |= next.is_some();
-}
-
-fn state(pending: bool, active: bool) -> Option<State> {
-    match (pending, active) {
-        (true, true) => Some(State::PendingAndActive),
-        (true, false) => Some(State::Pending),
-        (false, true) => Some(State::Active),
-        (false, false) => None,
-    }
-}
-
-/// The SGIs that have a sender.
-pub(super) fn sgi_bits(senders: &[u8; SGIS as usize]) -> u32 {
-    (0..SGIS)
-        .zip(senders)
-        .filter(|(_, senders)| **senders != 0)
-        .fold(0, |bits, (intid, _)| bits | bit(intid))
-}
-
-/// The lowest set bit's position.
-fn lowest(bits: u8) -> Option<u8> {
-    (0..8).find(|position| bits >> position & 1 != 0)
 }
 
 pub(super) const fn bit(intid: u8) -> u32 {
     1_u32.unbounded_shl(intid as u32)
 }
 
+const fn bit8(source: u8) -> u8 {
+    1 << (source & 7)
+}
+
 #[cfg(test)]
 mod tests {
     use super::{Entry, Listing, Private, State, Wiring};
+    use crate::vm::vgic::flight::Models;
     use crate::vm::vgic::registers::{ICENABLER, IPRIORITYR, ISACTIVER, ISENABLER, ISPENDR};
 
     const WIRING: Wiring = Wiring {
@@ -351,7 +337,16 @@ mod tests {
         private
     }
 
-    fn listed(listing: &Listing) -> Vec<(u8, State)> {
+    fn list(private: &mut Private, wiring: &Wiring) -> Listing {
+        let mut models = Models {
+            home: 0,
+            private,
+            shared: None,
+        };
+        models.list(wiring, |_| false).0
+    }
+
+    fn listed(listing: &Listing) -> Vec<(u16, State)> {
         listing
             .entries
             .iter()
@@ -370,41 +365,104 @@ mod tests {
         let mut private = enabled();
         private.send(3, 0);
         private.send(3, 0);
-        let entry = only(&private.list(&WIRING));
+        let entry = only(&list(&mut private, &WIRING));
         assert_eq!(
             (entry.intid, entry.state, entry.hardware),
             (3, State::Pending, None)
         );
         private.take_back(&entry, None);
-        assert_eq!(listed(&private.list(&WIRING)), []);
+        assert_eq!(listed(&list(&mut private, &WIRING)), []);
     }
 
     #[test]
     fn an_sgi_sent_while_its_handler_runs_is_pending_again() {
         let mut private = enabled();
         private.send(3, 0);
-        let entry = only(&private.list(&WIRING));
+        let entry = only(&list(&mut private, &WIRING));
         private.take_back(&entry, Some(State::Active));
         private.send(3, 0);
         assert_eq!(
-            listed(&private.list(&WIRING)),
+            listed(&list(&mut private, &WIRING)),
             [(3, State::PendingAndActive)]
         );
     }
 
     #[test]
-    fn gicv2_keeps_senders_apart() {
+    fn gicv2_keeps_senders_apart_and_lists_one_of_them_at_a_time() {
         let mut private = enabled();
+        let mut served = Vec::new();
         private.send(3, 0);
         private.send(3, 5);
-        let listing = private.list(&WIRING);
-        let senders: Vec<u8> = listing
-            .entries
-            .iter()
-            .flatten()
-            .map(|entry| entry.source)
-            .collect();
-        assert_eq!(senders, [0, 5]);
+        for again in [true, true, false] {
+            let entry = only(&list(&mut private, &WIRING));
+            served.push((entry.source, entry.tell));
+            if again {
+                private.send(3, entry.source);
+            }
+            private.take_back(&entry, Some(State::Active));
+            let entry = only(&list(&mut private, &WIRING));
+            assert_eq!(entry.source, served.last().unwrap().0);
+            assert!(entry.tell, "the other sender waits for the end");
+            private.take_back(&entry, None);
+        }
+        assert_eq!(served, [(5, true), (0, true), (5, true)]);
+    }
+
+    #[test]
+    fn a_line_is_pending_again_when_the_guest_has_ended_its_interrupt() {
+        let mut private = enabled();
+        assert!(private.set_line(30, true) && !private.set_line(30, true));
+        let entry = only(&list(&mut private, &WIRING));
+        assert_eq!(
+            (entry.intid, entry.state, entry.tell),
+            (30, State::Pending, true)
+        );
+        private.take_back(&entry, Some(State::Active));
+        let entry = only(&list(&mut private, &WIRING));
+        assert_eq!((entry.state, entry.tell), (State::Active, true));
+        assert_eq!(private.read(ISPENDR), 1 << 30);
+        private.take_back(&entry, None);
+        assert_eq!(listed(&list(&mut private, &WIRING)), [(30, State::Pending)]);
+        private.take_back(&entry, None);
+        assert!(private.set_line(30, false));
+        assert_eq!(listed(&list(&mut private, &WIRING)), []);
+    }
+
+    #[test]
+    fn a_line_that_drops_before_the_guest_took_it_is_withdrawn() {
+        let mut private = enabled();
+        private.set_line(30, true);
+        let entry = only(&list(&mut private, &WIRING));
+        private.set_line(30, false);
+        private.take_back(&entry, Some(State::Pending));
+        assert_eq!(listed(&list(&mut private, &WIRING)), []);
+    }
+
+    #[test]
+    fn a_ppi_made_pending_by_a_write_is_so_until_it_is_taken() {
+        let mut private = enabled();
+        private.write(ISPENDR, 1 << 20, u32::MAX);
+        let entry = only(&list(&mut private, &WIRING));
+        private.take_back(&entry, Some(State::Pending));
+        let entry = only(&list(&mut private, &WIRING));
+        private.take_back(&entry, Some(State::Active));
+        private.write(ISPENDR, 1 << 20, u32::MAX);
+        let entry = only(&list(&mut private, &WIRING));
+        assert_eq!(entry.state, State::Active);
+        private.take_back(&entry, None);
+        let entry = only(&list(&mut private, &WIRING));
+        assert_eq!(entry.state, State::Pending);
+        private.take_back(&entry, None);
+        assert_eq!(listed(&list(&mut private, &WIRING)), []);
+    }
+
+    #[test]
+    fn lines_of_sgis_do_not_exist() {
+        let mut private = enabled();
+        for intid in (0..16).chain(32..=255) {
+            assert!(!private.set_line(intid, true), "{intid}");
+        }
+        assert_eq!(listed(&list(&mut private, &WIRING)), []);
     }
 
     #[test]
@@ -412,10 +470,10 @@ mod tests {
         let mut private = enabled();
         private.write(ICENABLER, 1 << 3, u32::MAX);
         private.send(3, 0);
-        assert_eq!(listed(&private.list(&WIRING)), []);
+        assert_eq!(listed(&list(&mut private, &WIRING)), []);
         assert_eq!(private.read(ISPENDR), 1 << 3);
         private.write(ISENABLER, 1 << 3, u32::MAX);
-        assert_eq!(listed(&private.list(&WIRING)), [(3, State::Pending)]);
+        assert_eq!(listed(&list(&mut private, &WIRING)), [(3, State::Pending)]);
     }
 
     #[test]
@@ -423,41 +481,47 @@ mod tests {
         let mut private = enabled();
         private.send(1, 0);
         assert_eq!(
-            listed(&private.list(&Wiring {
-                group1_enabled: false,
-                ..WIRING
-            })),
+            listed(&list(
+                &mut private,
+                &Wiring {
+                    group1_enabled: false,
+                    ..WIRING
+                }
+            )),
             []
         );
-        assert_eq!(listed(&private.list(&WIRING)), [(1, State::Pending)]);
+        assert_eq!(listed(&list(&mut private, &WIRING)), [(1, State::Pending)]);
     }
 
     #[test]
     fn the_timer_is_linked_until_the_guest_deactivates_it() {
         let mut private = enabled();
         private.hold(27);
-        let entry = only(&private.list(&WIRING));
+        let entry = only(&list(&mut private, &WIRING));
         assert_eq!((entry.state, entry.hardware), (State::Pending, Some(27)));
         private.take_back(&entry, Some(State::Active));
         assert!(private.holds());
-        let entry = only(&private.list(&Wiring {
-            asserted: false,
-            ..WIRING
-        }));
+        let entry = only(&list(
+            &mut private,
+            &Wiring {
+                asserted: false,
+                ..WIRING
+            },
+        ));
         assert_eq!((entry.state, entry.hardware), (State::Active, Some(27)));
         private.take_back(&entry, None);
         assert!(!private.holds());
-        assert_eq!(listed(&private.list(&WIRING)), []);
+        assert_eq!(listed(&list(&mut private, &WIRING)), []);
     }
 
     #[test]
     fn a_timer_that_fires_again_before_the_model_saw_its_end_is_delivered_again() {
         let mut private = enabled();
         private.hold(27);
-        let entry = only(&private.list(&WIRING));
+        let entry = only(&list(&mut private, &WIRING));
         private.hold(27);
         private.take_back(&entry, None);
-        let entry = only(&private.list(&WIRING));
+        let entry = only(&list(&mut private, &WIRING));
         assert_eq!((entry.state, entry.hardware), (State::Pending, Some(27)));
         private.take_back(&entry, None);
         assert!(!private.holds());
@@ -467,15 +531,18 @@ mod tests {
     fn a_timer_that_is_disabled_while_pending_is_not_leaked() {
         let mut private = enabled();
         private.hold(27);
-        let entry = only(&private.list(&WIRING));
+        let entry = only(&list(&mut private, &WIRING));
         private.take_back(&entry, Some(State::Pending));
         private.write(ICENABLER, 1 << 27, u32::MAX);
-        let listing = private.list(&WIRING);
+        let listing = list(&mut private, &WIRING);
         assert!(!listing.release && listed(&listing).is_empty() && private.holds());
-        let listing = private.list(&Wiring {
-            asserted: false,
-            ..WIRING
-        });
+        let listing = list(
+            &mut private,
+            &Wiring {
+                asserted: false,
+                ..WIRING
+            },
+        );
         assert!(listing.release && !private.holds());
     }
 
@@ -484,10 +551,10 @@ mod tests {
         let mut private = enabled();
         private.write(ICENABLER, 1 << 27, u32::MAX);
         private.hold(27);
-        assert!(listed(&private.list(&WIRING)).is_empty());
+        assert!(listed(&list(&mut private, &WIRING)).is_empty());
         assert_eq!(private.read(ISPENDR), 1 << 27);
         private.write(ISENABLER, 1 << 27, u32::MAX);
-        assert_eq!(only(&private.list(&WIRING)).hardware, Some(27));
+        assert_eq!(only(&list(&mut private, &WIRING)).hardware, Some(27));
     }
 
     #[test]
@@ -501,8 +568,8 @@ mod tests {
                 0xff << (8 * (intid & 3)),
             );
         }
-        let listing = private.list(&WIRING);
-        assert!(listing.overflow);
+        let listing = list(&mut private, &WIRING);
+        assert!(listing.pending_left);
         assert_eq!(
             listed(&listing).iter().map(|it| it.0).collect::<Vec<_>>(),
             [5, 4, 3, 2]
@@ -510,19 +577,21 @@ mod tests {
         for entry in listing.entries.iter().flatten() {
             private.take_back(entry, None);
         }
-        let listing = private.list(&WIRING);
-        assert!(!listing.overflow);
+        let listing = list(&mut private, &WIRING);
+        assert!(!listing.pending_left);
         assert_eq!(listed(&listing), [(1, State::Pending), (0, State::Pending)]);
     }
 
     #[test]
     fn an_active_interrupt_without_a_list_register_can_be_ended() {
         let mut private = enabled();
+        private.write_v3(IPRIORITYR, 0x10 << 16, u32::MAX);
         private.write_v3(ISACTIVER, 1 << 2 | 1 << 20, u32::MAX);
         assert_eq!(private.read(ISACTIVER), 1 << 2 | 1 << 20);
-        private.end_unlisted(1);
-        assert_eq!(private.read(ISACTIVER), 1 << 20);
-        private.end_unlisted(5);
-        assert_eq!(private.read(ISACTIVER), 0);
+        assert_eq!(private.most_urgent_active(), Some((0, 20)));
+        private.deactivate(20);
+        assert_eq!(private.most_urgent_active(), Some((0x10, 2)));
+        private.deactivate(2);
+        assert_eq!(private.most_urgent_active(), None);
     }
 }
