@@ -9,6 +9,7 @@ mod checks;
 mod emulated;
 mod epochs;
 mod host;
+mod linux;
 mod soak;
 mod splitting;
 
@@ -53,6 +54,10 @@ impl Tally {
         self.failed += other.failed;
         self.skipped += other.skipped;
         self.failures.extend(other.failures);
+    }
+
+    fn skip(&mut self) {
+        self.skipped += 1;
     }
 
     fn fail(&mut self, what: String) {
