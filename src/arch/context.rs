@@ -79,7 +79,7 @@ impl Frame {
 pub enum Exit {
     /// A synchronous exception that no short path took; `Frame::esr` tells which.
     Sync = 1,
-    /// A physical interrupt, of either kind.
+    /// A physical interrupt was taken, and the vCPU may have to make way.
     Interrupt = 2,
     /// A physical SError.
     SError = 3,
@@ -95,8 +95,50 @@ pub enum Exit {
     OtherAbort = 8,
 }
 
-/// What the abort short path returns to the vectors to go back to the guest at once.
-pub const RESUME: u64 = 0;
+/// What a short path answers to the vectors, in x0 and x1.
+///
+/// A short path runs with x19 to x29 of the guest in the CPU's own registers, where Rust preserves them, and not in the
+/// frame. So a value for one of them is handed to the vectors, and a value of one of them is asked for.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[repr(C)]
+#[must_use = "the vectors go by it"]
+pub struct Verdict {
+    code: u64,
+    value: u64,
+}
+
+/// The registers that a short path leaves where they are.
+pub const KEPT: core::ops::RangeInclusive<u8> = 19..=29;
+/// [`Verdict::SAVE`].
+pub const VERDICT_SAVE_BIT: u32 = 4;
+/// [`Verdict::load`], with the register's number below this bit.
+pub const VERDICT_LOAD_BIT: u32 = 5;
+
+impl Verdict {
+    /// Back to the guest at once.
+    pub const RESUME: Self = Self { code: 0, value: 0 };
+    /// Save x19 to x29 in the frame, too, and ask again.
+    pub const SAVE: Self = Self {
+        code: 1 << VERDICT_SAVE_BIT,
+        value: 0,
+    };
+
+    /// Leave the guest.
+    pub const fn leave(exit: Exit) -> Self {
+        Self {
+            code: exit as u64,
+            value: 0,
+        }
+    }
+
+    /// Back to the guest with `value` in `register`, one of [`KEPT`].
+    pub const fn load(register: u8, value: u64) -> Self {
+        Self {
+            code: 1 << VERDICT_LOAD_BIT | register as u64,
+            value,
+        }
+    }
+}
 
 impl Exit {
     /// The exit with the number `code`; `Aarch32`, which stops the VM, for a number that does not exist.
@@ -186,6 +228,8 @@ pub struct Simd {
 /// SCTLR_EL1 out of reset: everything off, and the bits that read as one on a CPU without AArch32: LSMAOE, nTLSMD,
 /// SPAN, EIS, TSCXT, EOS.
 pub const SCTLR_EL1_RESET: u64 = 1 << 29 | 1 << 28 | 1 << 23 | 1 << 22 | 1 << 20 | 1 << 11;
+/// PSTATE.BTYPE: the instruction before was an indirect branch. Executing any instruction clears it.
+pub const PSTATE_BTYPE: u64 = 0b11 << 10;
 /// SCTLR_EL1.SPAN: taking an exception to EL1 leaves PSTATE.PAN as it is.
 pub const SCTLR_EL1_SPAN: u64 = 1 << 23;
 /// SCTLR_EL1.DSSBS: PSTATE.SSBS after taking an exception to EL1.
@@ -224,7 +268,7 @@ pub struct Stage2Geometry {
 
 #[cfg(test)]
 mod tests {
-    use super::{Exit, Frame};
+    use super::{Exit, Frame, VERDICT_LOAD_BIT, VERDICT_SAVE_BIT, Verdict};
 
     #[test]
     fn register_31_is_the_zero_register() {
@@ -247,6 +291,19 @@ mod tests {
             Exit::OtherAbort,
         ] {
             assert_eq!(Exit::from_code(exit as u64), exit);
+        }
+    }
+
+    #[test]
+    fn verdicts_are_told_apart_by_their_bits() {
+        let (save, load) = (1 << VERDICT_SAVE_BIT, 1 << VERDICT_LOAD_BIT);
+        assert_eq!(Verdict::RESUME.code, 0);
+        assert_eq!(Verdict::leave(Exit::Interrupt).code & (save | load), 0);
+        assert_eq!(Verdict::SAVE.code & (save | load), save);
+        for register in 19..=29 {
+            let verdict = Verdict::load(register, 7);
+            assert_eq!(verdict.code & load, load);
+            assert_eq!((verdict.code & 31, verdict.value), (u64::from(register), 7));
         }
     }
 }

@@ -39,6 +39,7 @@ fn active_priority_registers() -> usize {
 }
 
 /// ICH_LR`n`_EL2; zero for a list register that does not exist.
+#[inline]
 pub fn ich_lr(n: usize) -> u64 {
     indexed!(n,
         0 "ich_lr0_el2" 1 "ich_lr1_el2" 2 "ich_lr2_el2" 3 "ich_lr3_el2" 4 "ich_lr4_el2" 5 "ich_lr5_el2"
@@ -47,6 +48,7 @@ pub fn ich_lr(n: usize) -> u64 {
 }
 
 /// Sets ICH_LR`n`_EL2, `n` below [`ich_lr_count`].
+#[inline]
 pub fn set_ich_lr(n: usize, value: u64) {
     macro_rules! write {
         ($name:literal) => {{
@@ -128,6 +130,7 @@ pub fn ich_reset() {
 }
 
 /// Waits until what the guest last did with its interrupts has reached the list registers.
+#[inline]
 pub fn ich_settle() {
     dsb_ish();
     isb();

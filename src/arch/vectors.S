@@ -4,9 +4,10 @@
 // register; the stack of the code that entered the guest is found in the frame. Three paths, from short to long:
 //
 //   null hypercall      two registers, no Rust
-//   stage-2 abort       x0-x18 and x30 are saved, guest_abort() decides; x19-x29 stay where they are, because Rust
-//                       preserves them; ELR, SPSR, ESR, FAR and HPFAR stay in their registers
-//   everything else     x0-x30, ELR, SPSR, ESR, FAR and HPFAR are saved and guest_enter() returns to its caller
+//   abort, trapped      x0-x18 and x30 are saved, a Rust function decides (vm/short.rs); x19-x29 stay where they are,
+//   register, interrupt because Rust preserves them; ELR, SPSR, ESR, FAR and HPFAR stay in their registers
+//   everything else,    x19-x29, ELR, SPSR, ESR, FAR and HPFAR are saved, too, and guest_enter() returns to its caller
+//   and what those leave
 //
 // No path switches a system register. D, A, I and F are masked from the vector to ERET. ESB defers a pending SError
 // of the guest to DISR_EL1 where there is FEAT_RAS, and is a NOP elsewhere.
@@ -62,15 +63,19 @@ vectors:
     mrs     x0, esr_el2
     lsr     x1, x0, #{ESR_EC_SHIFT}
     cmp     x1, #{EC_HVC}
+    b.ne    trap
+    tst     x0, #0xffff                 // HVC #0 only
     b.eq    hypercall
-    and     x1, x1, #~({EC_DATA_ABORT} ^ {EC_INSTRUCTION_ABORT})
-    cmp     x1, #{EC_INSTRUCTION_ABORT}
-    b.eq    abort
-    mov     x0, #{EXIT_SYNC}
-    b       save_and_leave
+    b       trap
 
-    from_guest {EXIT_INTERRUPT}         // IRQ
-    from_guest {EXIT_INTERRUPT}         // FIQ
+.balign 128
+    hint    #16                         // ESB
+    stp     x0, x1, [sp]
+    b       interrupt                   // IRQ
+.balign 128
+    hint    #16                         // ESB
+    stp     x0, x1, [sp]
+    b       interrupt                   // FIQ
     from_guest {EXIT_SERROR}
     from_guest {EXIT_AARCH32}
     from_guest {EXIT_AARCH32}
@@ -80,8 +85,6 @@ vectors:
 
 // x0 = ESR_EL2; x0 and x1 are in the frame.
 hypercall:
-    tst     x0, #0xffff                 // HVC #0 only
-    b.ne    1f
     ldr     w1, [sp]
     mov     w0, #{NULL_CALL_HIGH} << 16
     cmp     w1, w0
@@ -111,17 +114,55 @@ hypercall:
     str     x30, [sp, #240]
 .endm
 
-// x0 = ESR_EL2; x0 and x1 are in the frame.
-abort:
-    save_caller_saved
-    mov     x1, x0
+.macro save_kept
+    stp     x19, x20, [sp, #152]
+    stp     x21, x22, [sp, #168]
+    stp     x23, x24, [sp, #184]
+    stp     x25, x26, [sp, #200]
+    stp     x27, x28, [sp, #216]
+    str     x29, [sp, #232]
+.endm
+
+// Calls Rust with the frame's address in x0; sp = frame before and after. x0 and x1: the verdict.
+.macro ask function
     mov     x0, sp
     ldr     x9, [sp, #{HOST_STACK}]
     mov     sp, x9
-    bl      guest_abort
+    bl      \function
     ldr     x9, [sp, #{CALLEE_SAVED_BYTES}]
     mov     sp, x9
-    cbnz    x0, leave
+.endm
+
+// x0 and x1 are in the frame.
+interrupt:
+    save_caller_saved
+    ask     guest_interrupt
+    cbz     x0, resume
+    b       leave
+
+// x0 = ESR_EL2; x0 and x1 are in the frame.
+trap:
+    save_caller_saved
+    mov     x1, x0
+    mov     x2, xzr                     // x19-x29 are not in the frame
+    lsr     x3, x0, #{ESR_EC_SHIFT}
+    and     x4, x3, #~({EC_DATA_ABORT} ^ {EC_INSTRUCTION_ABORT})
+    cmp     x4, #{EC_INSTRUCTION_ABORT}
+    b.ne    1f
+    ubfx    x3, x0, #{FAULT_KIND_SHIFT}, #4
+    cmp     x3, #{TRANSLATION_FAULT}
+    b.eq    2f
+    ask     guest_abort
+    cbnz    x0, not_resumed
+    b       resume
+1:  cmp     x3, #{EC_SYSTEM_REGISTER}
+    mov     x0, #{EXIT_SYNC}
+    b.ne    leave
+    ask     guest_register
+    cbnz    x0, not_resumed
+    b       resume
+2:  ask     guest_translation
+    cbnz    x0, not_resumed
 
 // sp = frame; everything but x0-x18 and x30 is the guest's already.
 resume:
@@ -140,16 +181,41 @@ resume:
     dsb     nsh                         // no speculation past ERET
     isb
 
+not_resumed:
+    tbnz    x0, #{VERDICT_LOAD_BIT}, load
+    tbz     x0, #{VERDICT_SAVE_BIT}, leave
+    save_kept
+    mrs     x1, esr_el2
+    mov     x2, #1                      // x19-x29 are in the frame
+    lsr     x3, x1, #{ESR_EC_SHIFT}
+    cmp     x3, #{EC_SYSTEM_REGISTER}
+    b.eq    1f
+    ask     guest_translation
+    cbz     x0, resume
+    b       leave
+1:  ask     guest_register
+    cbz     x0, resume
+    b       leave
+
+// x0 = a bit and the number of a register from x19 to x29, which is to hold x1.
+load:
+    adr     x2, 1f
+    sub     x0, x0, #(1 << {VERDICT_LOAD_BIT}) + {FIRST_KEPT}
+    add     x2, x2, x0, lsl #3
+    br      x2
+.macro loaded registers:vararg
+.irp register, \registers
+    mov     \register, x1
+    b       resume
+.endr
+.endm
+1:  loaded  x19, x20, x21, x22, x23, x24, x25, x26, x27, x28, x29
+
 // x0 = exit number; x0 and x1 are in the frame.
 save_and_leave:
     save_caller_saved
 leave:
-    stp     x19, x20, [sp, #152]
-    stp     x21, x22, [sp, #168]
-    stp     x23, x24, [sp, #184]
-    stp     x25, x26, [sp, #200]
-    stp     x27, x28, [sp, #216]
-    str     x29, [sp, #232]
+    save_kept
     mrs     x1, elr_el2
     mrs     x2, spsr_el2
     stp     x1, x2, [sp, #{PC}]

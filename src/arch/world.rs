@@ -13,20 +13,25 @@
 use core::arch::{asm, global_asm};
 
 use aarch64_cpu::registers::{
-    CNTHP_CTL_EL2, CNTV_CTL_EL0, CNTV_CVAL_EL0, CNTVOFF_EL2, HCR_EL2, ID_AA64PFR0_EL1,
-    ReadWriteable, Readable, SCTLR_EL1, VTCR_EL2, Writeable,
+    CNTHP_CTL_EL2, CNTV_CTL_EL0, CNTV_CVAL_EL0, CNTVOFF_EL2, ELR_EL2, HCR_EL2, ID_AA64PFR0_EL1,
+    ReadWriteable, Readable, SCTLR_EL1, SPSR_EL2, VTCR_EL2, Writeable,
 };
 
 use super::context::{
-    El1, Exit, FRAME_ESR, FRAME_HOST_STACK, FRAME_PC, Frame, Simd, Stage2Geometry,
+    El1, Exit, FRAME_ESR, FRAME_HOST_STACK, FRAME_PC, Frame, KEPT, PSTATE_BTYPE, Simd,
+    Stage2Geometry, VERDICT_LOAD_BIT, VERDICT_SAVE_BIT,
 };
 use super::{isb, offsets, set_vttbr, shield_stage1};
 
 /// ESR_EL2.EC is bits 31:26; ISS2 above it is not looked at by the short paths.
 const ESR_EC_SHIFT: u32 = 26;
 const EC_HVC: u64 = 0x16;
+const EC_SYSTEM_REGISTER: u64 = 0x18;
 const EC_INSTRUCTION_ABORT: u64 = 0x20;
 const EC_DATA_ABORT: u64 = 0x24;
+/// DFSC and IFSC without the level.
+const FAULT_KIND_SHIFT: u32 = 2;
+const TRANSLATION_FAULT: u64 = 0b0001;
 /// Upper half of the function identifier of the null hypercall (0xC600_0000); the lower half is zero.
 const NULL_CALL_HIGH: u64 = 0xc600;
 const CALLEE_SAVED_BYTES: usize = 96;
@@ -40,15 +45,20 @@ global_asm!(
     FATAL_BYTES = const FATAL_BYTES,
     ESR_EC_SHIFT = const ESR_EC_SHIFT,
     EC_HVC = const EC_HVC,
+    EC_SYSTEM_REGISTER = const EC_SYSTEM_REGISTER,
     EC_INSTRUCTION_ABORT = const EC_INSTRUCTION_ABORT,
     EC_DATA_ABORT = const EC_DATA_ABORT,
+    FAULT_KIND_SHIFT = const FAULT_KIND_SHIFT,
+    TRANSLATION_FAULT = const TRANSLATION_FAULT,
     NULL_CALL_HIGH = const NULL_CALL_HIGH,
     CALLEE_SAVED_BYTES = const CALLEE_SAVED_BYTES,
     HOST_STACK = const FRAME_HOST_STACK,
     PC = const FRAME_PC,
     ESR = const FRAME_ESR,
     EXIT_SYNC = const Exit::Sync as u64,
-    EXIT_INTERRUPT = const Exit::Interrupt as u64,
+    VERDICT_SAVE_BIT = const VERDICT_SAVE_BIT,
+    VERDICT_LOAD_BIT = const VERDICT_LOAD_BIT,
+    FIRST_KEPT = const *KEPT.start(),
     EXIT_SERROR = const Exit::SError as u64,
     EXIT_AARCH32 = const Exit::Aarch32 as u64,
 );
@@ -68,8 +78,8 @@ pub fn vectors_address() -> u64 {
 ///
 /// # Safety
 ///
-/// The CPU holds the guest's state ([`load`]), and stage 2 confines it. `frame` is the first field of what the abort
-/// short path (`guest_abort`) takes its argument for, and nobody else uses it meanwhile.
+/// The CPU holds the guest's state ([`load`]), and stage 2 confines it. `frame` is the first field of what the short paths
+/// (`guest_abort` and its likes) take their argument for, and nobody else uses it meanwhile.
 pub unsafe fn enter(frame: *mut Frame) -> Exit {
     // SAFETY: the caller vouches for frame and context; the assembly preserves what the C ABI preserves.
     Exit::from_code(unsafe { guest_enter(frame) })
@@ -308,6 +318,18 @@ pub fn far_el2() -> u64 {
 #[inline]
 pub fn hpfar_el2() -> u64 {
     aarch64_cpu::registers::HPFAR_EL2.get()
+}
+
+/// Has the guest go on behind the instruction that trapped, as if it had been executed. On short paths only, where ELR_EL2 and
+/// SPSR_EL2 are still in their registers.
+#[inline]
+pub fn skip_trapped_instruction() {
+    const BYTES: u64 = 4;
+    ELR_EL2.set(ELR_EL2.get().wrapping_add(BYTES));
+    let pstate = SPSR_EL2.get();
+    if pstate & PSTATE_BTYPE != 0 {
+        SPSR_EL2.set(pstate & !PSTATE_BTYPE);
+    }
 }
 
 /// SCTLR_EL1 of the resident vCPU.

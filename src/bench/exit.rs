@@ -40,16 +40,20 @@ const UART: u64 = 0x0900_0000;
 
 /// Registers that are read: case, name, address, and whether as a double word.
 type Access = (&'static str, &'static str, u64, bool);
-const ACCESSES_V3: [Access; 6] = [
+const ACCESSES_V3: [Access; 8] = [
     ("mmio_vgic", "GICD_IIDR", GICD + 0x8, false),
+    ("mmio_vgic", "GICD_ISENABLER1", GICD + 0x104, false),
+    ("mmio_vgic", "GICD_IPRIORITYR8", GICD + 0x420, false),
     ("mmio_vgic", "GICR_ISENABLER0", PRIVATE + 0x100, false),
     ("mmio_vgic", "GICR_IPRIORITYR0", PRIVATE + 0x400, false),
     ("mmio_vgic", "GICR_TYPER", REDISTRIBUTOR + 0x8, true),
     ("mmio_device", "UARTFR", UART + 0x18, false),
     ("mmio_device", "UARTIMSC", UART + 0x38, false),
 ];
-const ACCESSES_V2: [Access; 6] = [
+const ACCESSES_V2: [Access; 8] = [
     ("mmio_vgic", "GICD_IIDR", GICD + 0x8, false),
+    ("mmio_vgic", "GICD_ISENABLER1", GICD + 0x104, false),
+    ("mmio_vgic", "GICD_IPRIORITYR8", GICD + 0x420, false),
     ("mmio_vgic", "GICD_ISENABLER0", GICD + 0x100, false),
     ("mmio_vgic", "GICD_IPRIORITYR0", GICD + 0x400, false),
     ("mmio_vgic", "GICD_TYPER", GICD + 0x4, false),

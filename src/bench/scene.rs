@@ -29,10 +29,6 @@ pub(super) struct Stage<'a> {
     pub(super) host: &'static Host,
     pub(super) params: &'a Params,
     pub(super) guest: &'a [u8],
-    /// The machine's initial RAM disk: kernel and RAM disk of a guest.
-    pub(super) bundle: Option<&'a [u8]>,
-    /// The guest's own part of the boot arguments.
-    pub(super) guest_arguments: &'a str,
     /// The break-before-make levels that the parameters come to on this machine.
     pub(super) bbm: Vec<Bbm>,
     /// So are the engines, each with how writes are noticed.
@@ -224,7 +220,7 @@ impl Stage<'_> {
 }
 
 /// A slot with host memory behind it, which `memory` owns.
-pub(super) fn reserve(
+fn reserve(
     memory: &mut Vec<mem::Extent>,
     bytes: u64,
     ipa: u64,
@@ -268,7 +264,7 @@ fn keep_zeros(slot: &mut SlotConfig) {
 }
 
 /// What a VM refuses, in the run's words.
-pub(super) fn refused(error: impl Display) -> Refusal {
+fn refused(error: impl Display) -> Refusal {
     format!("no VM: {error}")
 }
 
@@ -473,16 +469,16 @@ impl Scene {
         Ok(())
     }
 
-    /// Ends [`Scene::listen`]; interrupts that the listeners took, with the one each that ended it.
+    /// Ends [`Scene::listen`]; the IPIs that the listeners took. One that sleeps is woken to see that it is to end.
     pub(super) fn hear_out(&self, last: usize) -> Result<u64, Refusal> {
         self.set_stop(1)?;
         let mut taken = 0;
         for vcpu in 1..=last {
-            let last_one = Command {
+            let poke = Command {
                 op: op::MEASURE,
-                args: [abi::measure::IPI, 1, vcpu as u64, 0, 0],
+                args: [abi::measure::POKE, 1, vcpu as u64, 0, 0],
             };
-            self.perform_one(0, last_one)?;
+            self.perform_one(0, poke)?;
             taken += self.outcome(vcpu)?.results[0];
         }
         Ok(taken)

@@ -101,10 +101,8 @@ pub struct Machine {
     pub interrupts: Interrupts,
     /// `/chosen/bootargs`.
     pub bootargs: String,
-    /// The initial RAM disk, to the byte.
+    /// The initial RAM disk.
     pub initrd: Option<Range<Pa>>,
-    /// The console.
-    pub console: Option<Uart>,
 }
 
 /// Why a machine cannot be used.
@@ -210,7 +208,7 @@ impl Machine {
         }
         let initrd = initrd(tree);
         let mut reserved = reserved(tree);
-        reserved.extend(initrd.clone().and_then(ram::covering_pages));
+        reserved.extend(initrd.clone());
         let chosen = tree.at("/chosen");
         Ok(Self {
             board: board(tree),
@@ -225,7 +223,6 @@ impl Machine {
                 .unwrap_or_default()
                 .into(),
             initrd,
-            console: console(tree),
         })
     }
 }
@@ -367,5 +364,6 @@ fn initrd(tree: &Tree<'_>) -> Option<Range<Pa>> {
         chosen.address("linux,initrd-start")?,
         chosen.address("linux,initrd-end")?,
     );
-    (start < end).then_some(Pa::new(start)..Pa::new(end))
+    (start < end).then_some(())?;
+    ram::covering_pages(Pa::new(start)..Pa::new(end))
 }

@@ -84,6 +84,8 @@ pub mod measure {
     pub const STORE_PAGES: u64 = 11;
     /// Load from one page after the other, from the argument on.
     pub const LOAD_PAGES: u64 = 12;
+    /// Wake the vCPU that the argument names by an interrupt that nobody counts or waits for.
+    pub const POKE: u64 = 13;
 }
 
 /// What [`op::IPI_MODES`] does: the modes of the kernel's IPI benchmark.

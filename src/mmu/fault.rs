@@ -107,7 +107,7 @@ impl Stage2 {
     /// Rounding: to the page; when mapping, to the slot's largest leaf. Races: everything; nothing is waited for. TLB: on
     /// `Resume` nothing is owed; what this CPU may have held is invalidated here. Cost: one walk, one compare-and-swap, one
     /// atomic OR; mapping and splitting cost a table or more.
-    #[inline]
+    #[inline(always)]
     pub fn fault(&self, cpu: CpuId, fault: &Fault) -> Resolution {
         percpu::count(match fault.kind {
             FaultKind::Permission => Event::FaultsPermission,
@@ -129,7 +129,7 @@ impl Stage2 {
         }
     }
 
-    #[inline]
+    #[inline(always)]
     fn attempt(
         &self,
         cpu: CpuId,
@@ -156,7 +156,7 @@ impl Stage2 {
     }
 
     /// The slot translates: may the access proceed?
-    #[inline]
+    #[inline(always)]
     fn judge(
         &self,
         cpu: CpuId,
@@ -215,7 +215,7 @@ impl Stage2 {
         attempt
     }
 
-    #[inline]
+    #[inline(always)]
     fn make_writable(
         &self,
         cpu: CpuId,
@@ -294,7 +294,7 @@ pub(crate) fn retry() -> Attempt {
 }
 
 /// Changes a leaf that only becomes more permissive, or young.
-#[inline]
+#[inline(always)]
 fn set_leaf(slot: &Slot, old: Descriptor, new: Descriptor) -> Attempt {
     match slot.compare_and_swap(old, new) {
         Ok(()) => Attempt::Stale,

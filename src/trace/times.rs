@@ -36,10 +36,16 @@ pub struct Histogram {
 }
 
 impl ExitTimes {
+    /// Whether exits are measured.
+    #[inline]
+    pub fn is_measuring(&self) -> bool {
+        self.measuring.load(Ordering::Relaxed)
+    }
+
     /// An exit begins: what to hand to [`ExitTimes::end`]. `None` while nothing is measured.
     #[inline]
     pub fn begin(&self) -> Option<u64> {
-        self.measuring.load(Ordering::Relaxed).then(arch::counter)
+        self.is_measuring().then(arch::counter)
     }
 
     /// The exit that began at `begun` is over.

@@ -106,8 +106,11 @@ impl Vm {
 
 impl Resident<'_> {
     /// Takes everything back from the list registers, so that the models are the truth; it is listed again before the guest
-    /// goes on.
+    /// goes on. Nothing is done where nothing is listed.
     pub(crate) fn take_back(&mut self) {
+        if !self.interface.is_in_use() {
+            return;
+        }
         self.take_back_listed();
         self.vcpu.attention.store(true, Ordering::Relaxed);
     }
@@ -120,6 +123,9 @@ impl Resident<'_> {
     /// Brings the list registers up to date with the models.
     pub(crate) fn relist(&mut self) {
         self.vcpu.attention.swap(false, Ordering::AcqRel);
+        if self.list_only_sgi() {
+            return;
+        }
         let control = self.vm.gic_control.load(Ordering::Relaxed);
         let wiring = Wiring {
             group0_enabled: control & 1 != 0,
@@ -141,6 +147,31 @@ impl Resident<'_> {
         if listing.release {
             vtimer::deactivate(self.host, self.cpu);
         }
+    }
+
+    /// The usual case in short: one SGI is pending and nothing else is in flight, or only one that the guest has ended. False:
+    /// it is not that, and nothing has changed.
+    #[inline]
+    fn list_only_sgi(&mut self) -> bool {
+        if self.vcpu.spis.load(Ordering::Relaxed) {
+            return false;
+        }
+        let control = self.vm.gic_control.load(Ordering::Relaxed);
+        let mut private = self.vcpu.private.lock();
+        let Some(sgi) = private.only_sgi(control) else {
+            return false;
+        };
+        let Some(ended) = self.interface.only_ended() else {
+            return false;
+        };
+        if let Some(intid) = ended {
+            private.pass_turn(intid);
+        }
+        private.remove(&sgi);
+        drop(private);
+        self.interface.list_only(&sgi);
+        self.deliverable = true;
+        true
     }
 
     /// Empties the list registers into the models, does `work` with these, and tells other vCPUs of shared interrupts that

@@ -38,16 +38,22 @@ impl Resident<'_> {
     }
 
     /// Loads a word, or two, or the bytes of one.
-    fn load_from(&mut self, device: Device, offset: u64, transfer: Transfer) -> u64 {
-        let base = offset & !(WORD - 1);
-        let low = u64::from(self.read_word(device, base));
+    #[inline(always)]
+    pub(crate) fn load_from(&mut self, device: Device, offset: u64, transfer: Transfer) -> u64 {
         if transfer.bytes == 8 {
-            return low | u64::from(self.read_word(device, base + WORD)) << 32;
+            return self.load_double(device, offset);
         }
-        low >> (8 * (offset - base))
+        let base = offset & !(WORD - 1);
+        u64::from(self.read_word(device, base)) >> (8 * (offset - base))
     }
 
-    fn store(&mut self, device: Device, offset: u64, transfer: Transfer, value: u64) {
+    #[inline(never)]
+    fn load_double(&mut self, device: Device, offset: u64) -> u64 {
+        let [low, high] = [0, WORD].map(|word| u64::from(self.read_word(device, offset + word)));
+        low | high << 32
+    }
+
+    pub(crate) fn store(&mut self, device: Device, offset: u64, transfer: Transfer, value: u64) {
         let base = offset & !(WORD - 1);
         let [low, high] = halves(value);
         if transfer.bytes == 8 {
@@ -60,6 +66,7 @@ impl Resident<'_> {
         self.write_word(device, base, low << shift, lanes << shift);
     }
 
+    #[inline(always)]
     fn read_word(&mut self, device: Device, offset: u64) -> u32 {
         let vm = self.vm;
         match device {
@@ -89,12 +96,14 @@ impl Resident<'_> {
         }
     }
 
+    #[inline(always)]
     fn redistributor(&self, offset: u64, of: usize) -> Register {
         distributor::redistributor(offset, of, self.vm.vcpus().len(), distributor::vmpidr(of))
     }
 
     /// Reads a register of vCPU `of`. What this CPU has listed is taken back first; another vCPU's interrupts are read as
     /// they were when they were last listed.
+    #[inline(always)]
     fn read_register(&mut self, register: Register, of: usize) -> u32 {
         const AFFINITY_ROUTING_ONLY: u32 = 1 << 6 | 1 << 4;
         match register {
@@ -171,8 +180,9 @@ impl Resident<'_> {
     }
 
     /// Does something with the interrupts of vCPU `of`, which are up to date if it is this one.
+    #[inline(always)]
     fn private_of<R: Default>(&mut self, of: usize, work: impl FnOnce(&Vcpu) -> R) -> R {
-        if of == self.vcpu.index {
+        if of == self.vcpu.index && self.interface.is_in_use() {
             self.take_back();
         }
         self.vm.vcpus().get(of).map(work).unwrap_or_default()
@@ -200,7 +210,10 @@ impl Resident<'_> {
         let vm = self.vm;
         match receivers {
             Receivers::Some { first, bits } => {
-                for position in (0..16).filter(|position| bits >> position & 1 != 0) {
+                let mut left = bits;
+                while let Some(others) = left.checked_sub(1) {
+                    let position = left.trailing_zeros() as usize;
+                    left &= others;
                     if let Some(vcpu) = vm.vcpus().get(first + position) {
                         self.send_to(vcpu, intid, group1);
                     }

@@ -7,11 +7,10 @@
 //! |---|---|
 //! | [`vm`] | what a controller sees: create, fill, start, post commands, stop, destroy |
 //! | [`vcpu`], `resident` | a vCPU as others see it, and on the CPU that holds it: the run loop |
-//! | `short`, `exits`, `mmio` | what exits do, from the shortest path to emulated devices |
+//! | `short`, `quick`, `exits`, `mmio` | what exits do, from the shortest path to emulated devices |
 //! | `deliver` | interrupts on their way to a vCPU and into its list registers |
 //! | [`trap`], [`inject`], [`sysreg`], [`psci`], [`smccc`] | decoding and deciding, pure |
 //! | [`vgic`], [`vtimer`], [`vuart`] | the devices |
-//! | [`loader`] | what a kernel finds in memory when it begins |
 //! | [`host`], [`run`], [`sched`] | what VMs stand on, the life of a CPU, and who runs next on it |
 #![cfg_attr(
     not(test),
@@ -24,14 +23,13 @@
     )
 )]
 
-mod console;
 mod deliver;
 mod exits;
 pub mod host;
 pub mod inject;
-pub mod loader;
 mod mmio;
 pub mod psci;
+mod quick;
 mod resident;
 pub mod run;
 pub mod sched;

@@ -11,7 +11,7 @@ use spin::MutexGuard;
 
 use crate::addr::{Ipa, Va};
 use crate::arch;
-use crate::arch::context::{El1, Exit, Frame};
+use crate::arch::context::{El1, Exit, Frame, PSTATE_BTYPE};
 use crate::dev::gic::Irq;
 use crate::sync::percpu;
 use crate::sync::quiescence::CpuId;
@@ -270,7 +270,8 @@ impl<'a> Resident<'a> {
     fn act(&mut self, exit: Exit) {
         match exit {
             Exit::Sync => self.handle(trap::decode(self.frame.esr)),
-            Exit::Interrupt => self.take_interrupt(),
+            // It was taken before the guest was left.
+            Exit::Interrupt => {}
             Exit::NoSlot => self.access_device(),
             Exit::Denied => self.deny(),
             Exit::TopUp => self.top_up(),
@@ -290,6 +291,7 @@ impl<'a> Resident<'a> {
     /// Goes on behind the trapped instruction.
     pub(crate) fn skip_instruction(&mut self) {
         self.frame.pc = self.frame.pc.wrapping_add(INSTRUCTION_BYTES);
+        self.frame.pstate &= !PSTATE_BTYPE;
     }
 
     pub(crate) fn inject(&mut self, exception: Exception) {
@@ -319,7 +321,7 @@ impl<'a> Resident<'a> {
     }
 
     /// Takes one physical interrupt, if any is pending.
-    fn take_interrupt(&mut self) {
+    pub(crate) fn take_interrupt(&mut self) {
         if let Some(irq) = self.host.gic.acknowledge() {
             self.on_interrupt(irq);
         }
@@ -338,6 +340,7 @@ impl<'a> Resident<'a> {
             // deactivated: that has to be known first, or it would look like the end of this one.
             self.take_back();
             vtimer::fired(&mut self.vcpu.private.lock());
+            self.vcpu.attention.store(true, Ordering::Relaxed);
             return;
         }
         if intid == interrupts.maintenance {

@@ -1,33 +1,100 @@
-//! The abort short path: what the vectors call with most of the guest's registers still in place.
+//! The short paths: what the vectors call with x19 to x29 of the guest still in place.
 //!
-//! A stage-2 abort that the MMU resolves returns from here straight to the guest. Nothing is formatted, allocated or
-//! locked but what [`Stage2::fault`](crate::mmu::Stage2::fault) locks.
+//! A stage-2 abort that the MMU resolves, an access to an emulated device, an SGI sent and an interrupt taken return from here
+//! straight to the guest. Nothing is formatted, allocated or locked but what the MMU and the device lock. Whatever is rare
+//! leaves the guest for the run loop.
 
 use crate::addr::{Ipa, PAGE_BYTES, Va};
 use crate::arch;
-use crate::arch::context::{Exit, Frame, RESUME};
+use crate::arch::context::{Exit, Frame, Verdict};
 use crate::mmu::{Fault, FaultKind, Resolution};
 use crate::sync::percpu;
 use crate::trace::Event;
 use crate::vm::resident::Resident;
 use crate::vm::trap::{self, FaultStatus};
+use crate::vm::vm;
 
-/// Judges a stage-2 abort: [`RESUME`], or the number of an [`Exit`].
+/// Judges a stage-2 abort that is no translation fault.
 #[unsafe(no_mangle)]
-extern "C" fn guest_abort(frame: *mut Frame, esr: u64) -> u64 {
+extern "C" fn guest_abort(frame: *mut Frame, esr: u64) -> Verdict {
     // SAFETY: the frame that was entered is the first field of this CPU's resident vCPU, whose run loop is suspended in
     // `arch::enter` meanwhile.
     let resident = unsafe { &mut *frame.cast::<Resident<'_>>() };
+    if is_measuring() {
+        return measured(|| resident.judge_abort_apart(esr));
+    }
+    resident.judge_abort(esr)
+}
+
+/// Judges a translation fault of stage 2: memory that is not mapped yet, or a device. `kept`: whether x19 to x29 are in the frame.
+#[unsafe(no_mangle)]
+extern "C" fn guest_translation(frame: *mut Frame, esr: u64, kept: bool) -> Verdict {
+    // SAFETY: as for `guest_abort`.
+    let resident = unsafe { &mut *frame.cast::<Resident<'_>>() };
+    if is_measuring() {
+        return measured(|| resident.judge_translation(esr, kept));
+    }
+    resident.judge_translation(esr, kept)
+}
+
+/// Judges a trapped system register. `kept`: whether x19 to x29 are in the frame.
+#[unsafe(no_mangle)]
+extern "C" fn guest_register(frame: *mut Frame, esr: u64, kept: bool) -> Verdict {
+    // SAFETY: as for `guest_abort`.
+    let resident = unsafe { &mut *frame.cast::<Resident<'_>>() };
+    if is_measuring() {
+        return measured(|| resident.judge_register(esr, kept));
+    }
+    resident.judge_register(esr, kept)
+}
+
+/// Takes the physical interrupt that ended a guest's run.
+#[unsafe(no_mangle)]
+extern "C" fn guest_interrupt(frame: *mut Frame) -> Verdict {
+    // SAFETY: as for `guest_abort`.
+    let resident = unsafe { &mut *frame.cast::<Resident<'_>>() };
+    if is_measuring() {
+        return measured(|| resident.judge_interrupt());
+    }
+    resident.judge_interrupt()
+}
+
+#[inline(always)]
+fn is_measuring() -> bool {
+    percpu::this().exit_times.is_measuring()
+}
+
+/// A path whose time is measured; apart, so that the path that is not is straight.
+#[cold]
+#[inline(never)]
+fn measured(judge: impl FnOnce() -> Verdict) -> Verdict {
     let times = &percpu::this().exit_times;
     let begun = times.begin();
-    let verdict = resident.judge_abort(esr);
+    let verdict = judge();
     times.end(begun);
     verdict
 }
 
 impl Resident<'_> {
-    #[inline]
-    fn judge_abort(&mut self, esr: u64) -> u64 {
+    #[inline(always)]
+    fn judge_translation(&mut self, esr: u64, kept: bool) -> Verdict {
+        let ipa = fault_ipa(arch::hpfar_el2(), arch::far_el2());
+        // No memory is below RAM but devices: emulated ones, and what GICv2 maps.
+        if ipa < vm::RAM
+            && let Some(verdict) = self.access_device_quickly(ipa, esr, kept)
+        {
+            return verdict;
+        }
+        self.judge_abort_apart(esr)
+    }
+
+    #[inline(never)]
+    fn judge_abort_apart(&mut self, esr: u64) -> Verdict {
+        self.judge_abort(esr)
+    }
+
+    #[inline(always)]
+    fn judge_abort(&mut self, esr: u64) -> Verdict {
         let abort = trap::abort(esr);
         let FaultStatus::Stage2(kind) = abort.status else {
             return self.rare_abort(abort.status);
@@ -51,37 +118,37 @@ impl Resident<'_> {
         match self.vm.stage2.fault(self.cpu, &fault) {
             Resolution::Resume => {
                 percpu::count(Event::Exits);
-                RESUME
+                Verdict::RESUME
             }
             other => self.give_up(ipa, other),
         }
     }
 
     #[cold]
-    fn give_up(&mut self, ipa: Ipa, resolution: Resolution) -> u64 {
+    fn give_up(&mut self, ipa: Ipa, resolution: Resolution) -> Verdict {
         self.fault_ipa = ipa;
         match resolution {
-            Resolution::NoSlot => Exit::NoSlot as u64,
-            Resolution::Denied => Exit::Denied as u64,
-            Resolution::TopUp => Exit::TopUp as u64,
-            Resolution::Resume => RESUME,
+            Resolution::NoSlot => Verdict::leave(Exit::NoSlot),
+            Resolution::Denied => Verdict::leave(Exit::Denied),
+            Resolution::TopUp => Verdict::leave(Exit::TopUp),
+            Resolution::Resume => Verdict::RESUME,
         }
     }
 
     /// The guest's own tables do not translate the address any more, but its TLB did: the entry must go, or the guest
     /// would hit it, fault and come back for ever. Its next try walks.
     #[cold]
-    fn retry_walk(far: u64) -> u64 {
+    fn retry_walk(far: u64) -> Verdict {
         percpu::count(Event::Exits);
         percpu::count(Event::TlbiLocal);
         Self::forget_translation(far);
-        RESUME
+        Verdict::RESUME
     }
 
     #[cold]
-    fn rare_abort(&self, status: FaultStatus) -> u64 {
+    fn rare_abort(&self, status: FaultStatus) -> Verdict {
         if status != FaultStatus::TlbConflict {
-            return Exit::OtherAbort as u64;
+            return Verdict::leave(Exit::OtherAbort);
         }
         // A guest can cause these by its own break-before-make-free changes; dropping everything of this VMID here
         // removes one of the two entries whichever stage they come from (I_JCCRT).
@@ -89,7 +156,7 @@ impl Resident<'_> {
         percpu::count(Event::TlbConflicts);
         arch::tlbi_vmalls12e1();
         arch::dsb_nsh();
-        RESUME
+        Verdict::RESUME
     }
 }
 

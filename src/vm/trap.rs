@@ -101,6 +101,7 @@ pub struct Transfer {
 
 impl Transfer {
     /// What a load puts into the register when the device answered `data`.
+    #[inline(always)]
     pub fn loaded(self, data: u64) -> u64 {
         let unused = 64 - 8 * u32::from(self.bytes).clamp(1, 8);
         let zero_extended = data << unused >> unused;
@@ -200,6 +201,18 @@ fn wait(iss: u64) -> Wait {
     }
 }
 
+/// How to emulate the load or store that ESR_EL2 of a stage-2 abort describes; `None` if it describes none.
+#[inline]
+pub fn transfer_of(esr: u64) -> Option<Transfer> {
+    abort(esr).transfer
+}
+
+/// Decodes ESR_EL2 of a trapped `MRS` or `MSR`.
+#[inline]
+pub fn system_register_of(esr: u64) -> SystemRegisterAccess {
+    system_register(esr & ISS_BITS)
+}
+
 fn system_register(iss: u64) -> SystemRegisterAccess {
     SystemRegisterAccess {
         register: SystemRegister {
@@ -215,13 +228,13 @@ fn system_register(iss: u64) -> SystemRegisterAccess {
 }
 
 /// Decodes ESR_EL2 of a stage-2 abort, of either kind.
-#[inline]
+#[inline(always)]
 pub fn abort(esr: u64) -> Abort {
     abort_of(esr).1
 }
 
 /// As [`abort`], and whether it is one on an instruction fetch.
-#[inline]
+#[inline(always)]
 pub fn abort_of(esr: u64) -> (bool, Abort) {
     /// What tells the two exception classes apart.
     const DATA: u64 = 1 << (EC_SHIFT + 2);
@@ -233,7 +246,7 @@ pub fn abort_of(esr: u64) -> (bool, Abort) {
     }
 }
 
-#[inline]
+#[inline(always)]
 fn instruction_abort(iss: u64) -> Abort {
     const S1PTW: u64 = 1 << 7;
     let status = fault_status(iss);
@@ -256,7 +269,7 @@ fn instruction_abort(iss: u64) -> Abort {
 const FNV: u64 = 1 << 10;
 
 /// Decodes the ISS of a data abort, or of anything else that has its layout.
-#[inline]
+#[inline(always)]
 pub fn data_abort(iss: u64) -> Abort {
     const ISV: u64 = 1 << 24;
     const S1PTW: u64 = 1 << 7;
@@ -283,6 +296,7 @@ pub fn data_abort(iss: u64) -> Abort {
     }
 }
 
+#[inline(always)]
 fn transfer(iss: u64, write: bool) -> Transfer {
     const SSE: u64 = 1 << 21;
     const SF: u64 = 1 << 15;
@@ -298,7 +312,7 @@ fn transfer(iss: u64, write: bool) -> Transfer {
 /// Walks of the guest's tables and cache maintenance by address: the syndrome's WnR does not say what stage 2 must
 /// permit. A permission fault asks for writing (the walk sets a flag, `DC IVAC` may discard data), any other for reading.
 /// If a permission fault were judged as a read of a page that is readable already, it would be retried for ever.
-#[inline]
+#[inline(always)]
 fn walk_access(status: FaultStatus) -> Access {
     if status == FaultStatus::Stage2(FaultKind::Permission) {
         Access::Write
@@ -307,7 +321,7 @@ fn walk_access(status: FaultStatus) -> Access {
     }
 }
 
-#[inline]
+#[inline(always)]
 fn fault_status(iss: u64) -> FaultStatus {
     match bits(iss, 0, 0x3f) {
         0x00..=0x03 | 0x29 => FaultStatus::AddressSize,

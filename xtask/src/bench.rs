@@ -7,7 +7,7 @@ mod age;
 mod aging;
 mod checkpoint;
 mod dirty;
-mod exit;
+pub(crate) mod exit;
 mod fault;
 mod get;
 mod heat;
@@ -249,7 +249,6 @@ fn measure(
         let launch = Launch {
             machine: &job.machine,
             image: &image.flat,
-            bundle: None,
             append: &job.append,
             limit,
             silence: limit,

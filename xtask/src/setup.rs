@@ -2,7 +2,7 @@
 //!
 //! The toolchain itself is rustup's business: `rust-toolchain.toml` pins it and the first `cargo` fetches it.
 
-pub(crate) mod apt;
+mod apt;
 mod private_qemu;
 
 use std::path::{Path, PathBuf};

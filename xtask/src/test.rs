@@ -8,8 +8,8 @@ mod cases;
 mod checks;
 mod emulated;
 mod epochs;
+mod exits;
 mod host;
-mod linux;
 mod soak;
 mod splitting;
 
@@ -54,10 +54,6 @@ impl Tally {
         self.failed += other.failed;
         self.skipped += other.skipped;
         self.failures.extend(other.failures);
-    }
-
-    fn skip(&mut self) {
-        self.skipped += 1;
     }
 
     fn fail(&mut self, what: String) {

@@ -83,6 +83,9 @@ pub fn set_fault_address(far: u64, hpfar: u64) {
     HPFAR.set(hpfar);
 }
 
+/// The guest goes on behind the instruction; there is none.
+pub fn skip_trapped_instruction() {}
+
 /// SCTLR_EL1 of the resident vCPU.
 pub fn sctlr_el1() -> u64 {
     crate::arch::context::SCTLR_EL1_RESET

@@ -251,6 +251,35 @@ load_into!(
     "A load of a double word into x25."
 );
 
+macro_rules! through_kept {
+    ($($register:literal)*) => {
+        /// Loads a word from a device, and stores it there again, through each of x19 to x29: what was loaded each time.
+        pub(crate) fn load_and_store_through_kept(address: u64) -> [u64; 11] {
+            let mut loaded = [0; 11];
+            let mut next = loaded.iter_mut();
+            $({
+                let value: u64;
+                // SAFETY: The register holds what it held before; the address is a device's register that can be written.
+                unsafe {
+                    asm!(
+                        concat!("mov x9, x", $register),
+                        concat!("ldr w", $register, ", [x10]"),
+                        concat!("str w", $register, ", [x10]"),
+                        concat!("mov x11, x", $register),
+                        concat!("mov x", $register, ", x9"),
+                        in("x10") address, out("x9") _, out("x11") value, options(nostack)
+                    );
+                }
+                if let Some(place) = next.next() {
+                    *place = value;
+                }
+            })*
+            loaded
+        }
+    };
+}
+through_kept!("19" "20" "21" "22" "23" "24" "25" "26" "27" "28" "29");
+
 /// Lets interrupts in from here on.
 pub(crate) fn unmask() {
     // SAFETY: As for `wait_for_interrupt`.

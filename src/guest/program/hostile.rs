@@ -56,6 +56,7 @@ pub(super) fn run(pages: u64) -> Done {
     instructions(&mut score);
     devices(&mut score);
     memory(&mut score, pages);
+    registers(&mut score);
     Done::ok(score.checks, score.failed)
 }
 
@@ -123,6 +124,16 @@ fn memory(score: &mut Score, pages: u64) {
     asm::store(pages + 0x1000 - 4, 0x1122_3344_5566_7788);
     let halves = asm::load_word(pages + 0xffc) | asm::load_word(pages + 0x1000) << 32;
     score.check(halves == 0x1122_3344_5566_7788);
+}
+
+/// Bits 20 and 21: a device is reached through every register, and keeps what it is given.
+fn registers(score: &mut Score) {
+    const UARTIBRD: u64 = 0x0900_0024;
+    const DIVISOR: u64 = 0x1234;
+    asm::store_word(UARTIBRD, DIVISOR);
+    let loaded = asm::load_and_store_through_kept(UARTIBRD);
+    score.check(loaded.iter().all(|value| *value == DIVISOR));
+    score.check(asm::load_word(UARTIBRD) == DIVISOR);
 }
 
 /// The value of an access that is expected to fault.

@@ -10,6 +10,8 @@ use super::{Done, area_of, asm, gic, ipi, params, this_area};
 pub(super) const IPI: u64 = 3;
 /// As [`IPI`]; its handler takes a lock first.
 pub(super) const IPI_LOCK: u64 = 4;
+/// The SGI that only wakes.
+pub(super) const POKE: u64 = 5;
 pub(super) const TIMER_ON: u64 = 1;
 pub(super) const TIMER_OFF: u64 = 0;
 const TIMER_MASKED: u64 = 0b11;

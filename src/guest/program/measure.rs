@@ -7,7 +7,7 @@ use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use vellum::guest::abi::{MAX_SAMPLES, SAMPLES, measure};
 
-use super::interrupts::{IPI, TIMER_OFF, TIMER_ON};
+use super::interrupts::{IPI, POKE, TIMER_OFF, TIMER_ON};
 use super::{Done, area_of, asm, gic, ipi, this_area};
 
 const PAGE: u64 = 4096;
@@ -39,6 +39,7 @@ pub(super) fn run(what: u64, runs: u64, argument: u64, single: bool) -> Done {
         measure::WAKE => collect(runs, |_| wake(argument)),
         measure::STORE_PAGES => clock(runs, single, |run| asm::store(argument + run * PAGE, run)),
         measure::LOAD_PAGES => clock(runs, single, |run| ignore(asm::load(argument + run * PAGE))),
+        measure::POKE => clock(runs, false, |_| gic::send(argument, POKE)),
         _ => 0,
     };
     Done::ok(result, lost)

@@ -62,6 +62,7 @@ const LINES: u32 = shared::SPIS as u32 / 32;
 const V3_TYPER: u32 = 15 << 19 | LINES;
 
 /// GICv2's GICD at `offset`, a multiple of four, for a VM of `vcpus`.
+#[inline(always)]
 pub fn v2(offset: u64, vcpus: usize) -> Register {
     const CPU_NUMBER: u32 = 5;
     match offset {
@@ -96,6 +97,7 @@ fn first_word(offset: u64) -> bool {
 }
 
 /// GICv3's GICD at `offset`, a multiple of four. With affinity routing the private interrupts are not here.
+#[inline(always)]
 pub fn v3(offset: u64) -> Register {
     match offset {
         CTLR => Register::Control,
@@ -115,6 +117,7 @@ fn of_shared(offset: u64, routing: Routing) -> Register {
 }
 
 /// A redistributor's frames at `offset`, a multiple of four, of vCPU `index` of `vcpus` whose affinity is `affinity`.
+#[inline(always)]
 pub fn redistributor(offset: u64, index: usize, vcpus: usize, affinity: u64) -> Register {
     const LAST: u32 = 1 << 4;
     const NUMBER: u32 = 8;

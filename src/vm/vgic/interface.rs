@@ -123,6 +123,12 @@ impl Interface {
         self.count
     }
 
+    /// Whether anything is in flight.
+    #[inline]
+    pub fn is_in_use(&self) -> bool {
+        self.in_use
+    }
+
     /// Empties the list registers, telling `each` what became of every interrupt.
     pub fn take_back(&mut self, mut each: impl FnMut(Returned<'_>)) {
         if !self.in_use {
@@ -143,6 +149,42 @@ impl Interface {
             each(Returned::Listed(&entry, left.map(|left| left.state)));
             write_list(access, index, 0);
         }
+    }
+
+    /// If nothing is in flight but one interrupt, not linked to hardware, that the guest has ended: `Some` of its number. If
+    /// nothing is: `Some(None)`. Its list register is free then.
+    #[inline]
+    pub fn only_ended(&self) -> Option<Option<u16>> {
+        if !self.in_use {
+            return Some(None);
+        }
+        let [Some(entry), None, ..] = &self.listed else {
+            return None;
+        };
+        if entry.hardware.is_some() || self.hcr != HCR_ENABLE {
+            return None;
+        }
+        if matches!(self.access, Access::V3) {
+            arch::ich_settle();
+        }
+        let left = match self.access {
+            Access::V3 => arch::ich_lr(0),
+            Access::V2(gich) => u64::from(gich.read(GICH_LR)),
+        };
+        self.format().is_free(left).then_some(Some(entry.intid))
+    }
+
+    /// Lists `entry` alone, after [`Interface::only_ended`] has said that there is nothing else.
+    #[inline]
+    pub fn list_only(&mut self, entry: &Entry) {
+        let value = self.format().encode(entry);
+        match self.access {
+            Access::V3 => arch::set_ich_lr(0, value),
+            Access::V2(gich) => gich.write(GICH_LR, low_word(value)),
+        }
+        let [first, ..] = &mut self.listed;
+        *first = Some(*entry);
+        self.in_use = true;
     }
 
     /// Lists what `listing` says; the list registers are empty.

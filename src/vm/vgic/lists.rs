@@ -137,6 +137,16 @@ impl Format {
         }
     }
 
+    /// Whether a list register that holds `value` is free: neither pending nor active.
+    #[inline]
+    pub const fn is_free(self, value: u64) -> bool {
+        let state = match self {
+            Self::V3 => value >> v3::STATE,
+            Self::V2 => value >> v2::STATE,
+        };
+        state & 0b11 == 0
+    }
+
     /// What a list register holds; `None` when it is free.
     pub fn decode(self, register: u64) -> Option<Entry> {
         let (state, hw, group1, priority) = match self {

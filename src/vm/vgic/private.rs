@@ -217,6 +217,24 @@ impl Private {
         }
     }
 
+    /// The only interrupt that is in flight, if that is an SGI that one sender has made pending. `control` is GICD_CTLR.
+    #[inline]
+    pub fn only_sgi(&self, control: u32) -> Option<Entry> {
+        let of = |enabled: u32, group| if enabled != 0 { group } else { 0 };
+        let forwarded = of(control & 1, !self.group1) | of(control & 2, self.group1);
+        let pending = (self.pending | self.line) & forwarded & self.enabled;
+        let intid = u8::try_from(pending.trailing_zeros()).ok()?;
+        let only = pending & !SGI_BITS == 0 && pending.is_power_of_two();
+        let one_sender = self.senders_of(intid).is_power_of_two();
+        (only && one_sender && self.active | self.held == 0).then(|| self.sgi(intid, true, false))
+    }
+
+    /// The guest has taken `intid`: the turn passes to the next.
+    #[inline]
+    pub fn pass_turn(&mut self, intid: u16) {
+        self.turn = intid + 1;
+    }
+
     fn sgi(&self, intid: u8, pending: bool, active: bool) -> Entry {
         let (senders, last) = (self.senders_of(intid), self.sender_of(intid));
         let source = if active { last } else { next(senders, last) };

@@ -20,6 +20,7 @@ pub(super) const ICFGR0: u64 = 0xc00;
 
 impl Private {
     /// Reads the word at `offset`, a multiple of four; zero where nothing is.
+    #[inline(always)]
     pub fn read(&self, offset: u64) -> u32 {
         match offset {
             IGROUPR => self.group1,

@@ -170,6 +170,11 @@ pub(crate) fn geometric_mean(rows: &[&Row], case: &str) -> Option<f64> {
     Some((logarithms / f64::from(count)).exp())
 }
 
+/// The most instructions that a case may take.
+pub(crate) fn goal(case: &str) -> Option<f64> {
+    KVM.iter().find(|(name, ..)| *name == case)?.2
+}
+
 /// KVM's figure and Vellum's goal. Models that KVM was not measured on are compared with `max`.
 fn kvm(case: &str, cpu: &str) -> Option<(f64, Option<f64>)> {
     let (_, figures, goal) = KVM.iter().find(|(name, ..)| *name == case)?;

@@ -2,7 +2,6 @@
 
 use super::checks::{self, Verdict};
 use crate::board::Board;
-use crate::linux::Series;
 use crate::machine::{Machine, Timing};
 use crate::uart::Transcript;
 
@@ -25,10 +24,6 @@ pub(super) struct Case {
 pub(super) struct Boot {
     pub(super) machine: Machine,
     pub(super) append: String,
-    /// The kernel that the hypervisor is given.
-    pub(super) linux: Option<Series>,
-    /// What is typed, each as soon as the guest has written what stands before it.
-    pub(super) typed: &'static [(&'static str, &'static str)],
     /// With a device tree in which no interrupt controller is known.
     pub(super) without_gic: bool,
 }
@@ -77,7 +72,7 @@ pub(super) fn all(board: &Board, soak: bool) -> Vec<Case> {
         table.splitting(),
         table.epochs(),
         table.aging(),
-        table.linux(),
+        table.exits(),
         table.refusals(),
     ];
     groups.into_iter().flatten().collect()
@@ -116,8 +111,6 @@ impl Table<'_> {
         let boot = Boot {
             machine,
             append: append.into(),
-            linux: None,
-            typed: &[],
             without_gic: false,
         };
         Case {
@@ -328,8 +321,6 @@ impl Table<'_> {
                 (machine.memory_mib, machine.timing) = (slot_mib + slot_mib / 4 + 512, Timing::Insn)
             }),
             append: format!("suite=get timing=insn vcpus=1 slot-mib={slot_mib}"),
-            linux: None,
-            typed: &[],
             without_gic: false,
         };
         let mut scaling = self.case(
