@@ -16,12 +16,15 @@ mod exit;
 mod get;
 mod heat;
 mod ipi;
+mod lives;
+mod moves;
 pub mod params;
 mod protect;
 pub mod report;
 mod scene;
 mod selftest;
 mod shadow;
+mod share;
 mod split;
 mod starve;
 mod verify;
@@ -43,7 +46,7 @@ pub fn main(host: &'static Host, arguments: &str, guest: &[u8]) -> Result<u32, R
     let enough = host.cpus().saturating_sub(1);
     if let Some(most) = params.vcpus.iter().max()
         && *most > enough
-        && params.suite != Suite::None
+        && !matches!(params.suite, Suite::None | Suite::Share | Suite::Lives)
     {
         return Err(alloc::format!(
             "{most} vCPUs need {} CPUs, one of them for the controller; this machine has {}",
@@ -74,6 +77,9 @@ pub fn main(host: &'static Host, arguments: &str, guest: &[u8]) -> Result<u32, R
         Suite::Age => age::run(&stage)?,
         Suite::Heat => heat::run(&stage)?,
         Suite::Ages => ages::run(&stage)?,
+        Suite::Share => share::run(&stage)?,
+        Suite::Moves => moves::run(&stage)?,
+        Suite::Lives => lives::run(&stage)?,
         Suite::Exit => exit::run(&stage)?,
         Suite::Ipi => ipi::run(&stage)?,
     };

@@ -39,6 +39,12 @@ pub enum Suite {
     Heat,
     /// Whether anything is lost while aging, splits, collapses and epochs loop.
     Ages,
+    /// What VMs get of CPUs that they share.
+    Share,
+    /// A vCPU moves between CPUs in the middle of its timer's interrupt.
+    Moves,
+    /// VMs come and go.
+    Lives,
     /// What exits of each kind cost.
     Exit,
     /// The kernel's IPI benchmark.
@@ -98,6 +104,10 @@ pub struct Params {
     pub slot_mib: Vec<u64>,
     /// Rounds of suites that loop while vCPUs run.
     pub rounds: u64,
+    /// Suite `share`: what the vCPUs of each VM weigh.
+    pub weights: Vec<u32>,
+    /// Suite `share`: milliseconds that are counted.
+    pub run_ms: u64,
     /// Policies of splitting; suites that do not compare them take the first.
     pub splitting: Vec<Policy>,
     /// Break-before-make levels; suites that do not compare them take the first.
@@ -172,6 +182,8 @@ impl Default for Params {
             trust_hpfar: false,
             slot_mib: Vec::from([1024]),
             rounds: 16,
+            weights: Vec::from([100, 300]),
+            run_ms: 2000,
             splitting: Vec::from([Policy::Fault]),
             bbm: Vec::from([Choice::Auto]),
             bbm_batch: 16,
@@ -199,7 +211,7 @@ const SIZES: [(&str, u64, Level); 3] = [
     ("2m", 2 << 20, Level::L2),
     ("1g", 1 << 30, Level::L1),
 ];
-const SUITES: [(&str, Suite); 16] = [
+const SUITES: [(&str, Suite); 19] = [
     ("none", Suite::None),
     ("dirty", Suite::Dirty),
     ("verify", Suite::Verify),
@@ -216,6 +228,9 @@ const SUITES: [(&str, Suite); 16] = [
     ("ages", Suite::Ages),
     ("exit", Suite::Exit),
     ("ipi", Suite::Ipi),
+    ("share", Suite::Share),
+    ("moves", Suite::Moves),
+    ("lives", Suite::Lives),
 ];
 const TIMINGS: [(&str, Timing); 3] = [
     ("insn", Timing::Insn),
@@ -312,6 +327,8 @@ impl Params {
             "period-us" => self.period_us = number(key, value, 1, 3_600_000_000)?,
             "budget" => self.budget = number(key, value, 1, 100)?,
             "passes" => self.passes = number(key, value, 1, 1 << 20)?,
+            "weights" => self.weights = list(value, |word| number(key, word, 1, 1000))?,
+            "run-ms" => self.run_ms = number(key, value, 1, 100_000)?,
             "pattern" => self.pattern = pattern(key, value)?,
             "receivers" => self.receivers = named(key, value, &RECEIVERS)?,
             _ => {
@@ -549,6 +566,8 @@ mod tests {
             trust_hpfar: true,
             slot_mib: vec![16384],
             rounds: 5,
+            weights: Vec::from([100, 300]),
+            run_ms: 2000,
             splitting: vec![Policy::Clear, Policy::FaultEmpty],
             bbm: vec![Choice::Auto, Choice::Fixed(Bbm::Two)],
             bbm_batch: 64,

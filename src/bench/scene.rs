@@ -19,7 +19,7 @@ use crate::mmu::{
 };
 use crate::sync::percpu;
 use crate::sync::quiescence::CpuId;
-use crate::vm::{Command, Host, Placement, Vm, VmConfig};
+use crate::vm::{Command, Host, Placement, Vm, VmConfig, run};
 
 use super::Refusal;
 use super::params::Params;
@@ -99,6 +99,8 @@ pub(super) struct Outcome {
 }
 
 const BLOCK: u64 = 2 << 20;
+/// Naps of ten microseconds.
+const NAPS_PER_SECOND: u64 = 100_000;
 
 impl Stage<'_> {
     /// How blocks are split by `policy` at `bbm`, the rest as the parameters say.
@@ -486,12 +488,60 @@ impl Scene {
 
     /// The words at `offset` of the areas.
     fn words(&self, offset: usize) -> Result<Vec<u64>, Refusal> {
-        let word = |vcpu| {
-            let mut bytes = [0; 8];
-            self.read(area_word(vcpu, offset), &mut bytes)?;
-            Ok(u64::from_le_bytes(bytes))
-        };
-        (0..self.cast.vcpus).map(word).collect()
+        (0..self.cast.vcpus)
+            .map(|vcpu| self.word(vcpu, offset))
+            .collect()
+    }
+
+    /// The word at `offset` of the area of `vcpu`.
+    pub(super) fn word(&self, vcpu: usize, offset: usize) -> Result<u64, Refusal> {
+        let mut bytes = [0; 8];
+        self.read(area_word(vcpu, offset), &mut bytes)?;
+        Ok(u64::from_le_bytes(bytes))
+    }
+
+    /// Sets that word.
+    pub(super) fn write_word(&self, vcpu: usize, offset: usize, value: u64) -> Result<(), Refusal> {
+        self.write(area_word(vcpu, offset), &value.to_le_bytes())
+    }
+
+    /// Moves `vcpu` to `cpu` and waits until that CPU runs it. No operation of it ends meanwhile.
+    pub(super) fn move_to(&self, vcpu: usize, cpu: usize) -> Result<(), Refusal> {
+        self.send_to(vcpu, cpu)?;
+        while !self
+            .vm
+            .vcpus()
+            .get(vcpu)
+            .is_some_and(|it| it.is_held_by(cpu))
+        {
+            self.nap();
+        }
+        Ok(())
+    }
+
+    /// Sleeps for a moment, which leaves time to others that the same computer emulates.
+    pub(super) fn nap(&self) {
+        let moment = arch::counter_hz() / NAPS_PER_SECOND;
+        run::rest_until(self.host.gic, arch::counter() + moment);
+    }
+
+    /// Sends `vcpu` to `cpu`, without waiting.
+    pub(super) fn send_to(&self, vcpu: usize, cpu: usize) -> Result<(), Refusal> {
+        let moved = self.vm.move_vcpu(self.host, vcpu, cpu);
+        moved.map_err(|error| format!("vCPU {vcpu} cannot be moved: {error}"))
+    }
+
+    /// Stops the VM and has it go on.
+    pub(super) fn pause_and_resume(&self) {
+        self.vm.stop(self.host);
+        self.vm.start(self.host);
+    }
+
+    /// Resets the VM and starts it again: its first vCPU waits for an operation then.
+    pub(super) fn reset(&self) -> Result<(), Refusal> {
+        self.vm.reset(self.host).map_err(refused)?;
+        self.vm.start(self.host);
+        self.outcome(0).map(drop)
     }
 
     /// Tells all vCPUs to leave their free run, or lets them enter one.

@@ -44,6 +44,9 @@ pub mod op {
     /// part that is stored to and x4 the part that is loaded from, each first page << 32 | pages, going on at the region's
     /// start where it ends. Rounds done are counted in [`super::Area::rounds`]. Result: rounds.
     pub const ROUNDS: u64 = 12;
+    /// x1 ticks of the timer, each of whose handlers waits between acknowledging and ending it, until
+    /// [`super::Area::released`] permits. Results: ticks, and how many came other than once.
+    pub const HELD_TICKS: u64 = 16;
     /// Do x1 (one of [`super::measure`]) x2 times with argument x3. x4 zero: one after the other; result: ticks that all took
     /// together. Otherwise each is timed alone and its ticks are stored at [`super::SAMPLES`]; result: how many those are.
     /// The second result counts interrupts that were waited for in vain.
@@ -201,6 +204,12 @@ pub struct Area {
     pub operations: AtomicU64,
     /// Rounds done by the current [`op::ROUNDS`], or the last.
     pub rounds: AtomicU64,
+    /// Nonzero: the number of the tick that [`op::HELD_TICKS`] waits for.
+    pub handling: AtomicU64,
+    /// Number of the last tick whose handler waited before ending it.
+    pub held: AtomicU64,
+    /// Handlers up to this number may end. Written by the hypervisor.
+    pub released: AtomicU64,
     /// The lock that [`ipi::BROADCAST_LOCK`] takes, in the area of vCPU 0.
     pub lock: AtomicU64,
     /// Times it was taken.

@@ -2,6 +2,7 @@
 
 use alloc::vec::Vec;
 use core::ops::Range;
+use core::sync::atomic::{AtomicUsize, Ordering};
 
 use buddy_system_allocator::FrameAllocator;
 use spin::Mutex;
@@ -13,6 +14,8 @@ use crate::addr::{PAGE_BYTES, PAGE_SHIFT, Pa, to_usize};
 const ORDERS: usize = 33;
 
 static FRAMES: Mutex<FrameAllocator<ORDERS>> = Mutex::new(FrameAllocator::new());
+/// Those that nobody owns; behind the truth for a moment.
+static FREE_PAGES: AtomicUsize = AtomicUsize::new(0);
 
 /// A piece of contiguous memory, made of whole pages.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -29,9 +32,14 @@ pub struct Extent {
 ///
 /// `range` is RAM, whole pages, mapped at its own address, referenced by nobody and never added before.
 pub unsafe fn add(range: Range<Pa>) {
-    FRAMES
-        .lock()
-        .insert(to_usize(range.start.page())..to_usize(range.end.page()));
+    let pages = to_usize(range.start.page())..to_usize(range.end.page());
+    FREE_PAGES.fetch_add(pages.len(), Ordering::Relaxed);
+    FRAMES.lock().insert(pages);
+}
+
+/// Pages that nobody owns.
+pub fn free_pages() -> usize {
+    FREE_PAGES.load(Ordering::Relaxed)
 }
 
 /// One page. Its content is what its last owner left.
@@ -41,12 +49,23 @@ pub fn allocate() -> Option<Pa> {
 
 /// `bytes` bytes, rounded up to pages, at a multiple of `align_bytes`, a power of two.
 pub fn contiguous(bytes: u64, align_bytes: u64) -> Option<Extent> {
-    contiguous_from(&mut FRAMES.lock(), bytes, align_bytes)
+    counted(contiguous_from(&mut FRAMES.lock(), bytes, align_bytes))
 }
 
 /// As [`contiguous`], or `None` when another CPU (or this one) is allocating.
 pub(super) fn contiguous_at_once(bytes: u64, align_bytes: u64) -> Option<Extent> {
-    contiguous_from(&mut *FRAMES.try_lock()?, bytes, align_bytes)
+    counted(contiguous_from(
+        &mut *FRAMES.try_lock()?,
+        bytes,
+        align_bytes,
+    ))
+}
+
+fn counted(taken: Option<Extent>) -> Option<Extent> {
+    if let Some(extent) = &taken {
+        FREE_PAGES.fetch_sub(to_usize(extent.bytes >> PAGE_SHIFT), Ordering::Relaxed);
+    }
+    taken
 }
 
 fn contiguous_from(
@@ -91,10 +110,9 @@ pub fn scattered(bytes: u64, align_bytes: u64) -> Option<Vec<Extent>> {
 /// Takes memory back.
 pub fn release(extent: Extent) {
     let first = to_usize(extent.pa.page());
-    give_back(
-        &mut FRAMES.lock(),
-        first..first + to_usize(extent.bytes >> PAGE_SHIFT),
-    );
+    let pages = first..first + to_usize(extent.bytes >> PAGE_SHIFT);
+    FREE_PAGES.fetch_add(pages.len(), Ordering::Relaxed);
+    give_back(&mut FRAMES.lock(), pages);
 }
 
 /// Returns `pages` block by block, so that buddies join.

@@ -89,6 +89,7 @@ impl<'a> Resident<'a> {
         vtimer::load(host, cpu, &vcpu.private.lock());
         vcpu.attention.store(true, Ordering::Relaxed);
         arch::trap_waits(run::is_shared(cpu.0));
+        vcpu.set_held_by(Some(cpu.0));
         Self {
             frame: parked.frame.clone(),
             host,
@@ -118,6 +119,7 @@ impl<'a> Resident<'a> {
         // SAFETY: the CPU holds this vCPU; the idle root translates nothing.
         unsafe { arch::put(&mut self.parked.el1, self.host.services.idle_vttbr) };
         self.vm.stage2.unload(self.cpu);
+        self.vcpu.set_held_by(None);
         percpu::this()
             .ring
             .record(Mark::Switch, [self.vcpu.index as u64, 0]);

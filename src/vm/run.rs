@@ -158,8 +158,9 @@ fn set_alarm_of_idle(cpu: usize) {
 fn let_go(cpu: usize) {
     while let Some((turn, weight)) = take_leaving(cpu) {
         let Turn { vm, vcpu: index } = turn;
-        let elsewhere = vm.vcpus().get(index).and_then(|vcpu| vcpu.cpu());
-        match elsewhere.filter(|home| *home != cpu && !vm.is_stopping()) {
+        let home = vm.vcpus().get(index).and_then(|vcpu| vcpu.cpu());
+        match home.filter(|_| !vm.is_stopping()) {
+            // It may have been moved back meanwhile: then the kick is for this CPU.
             Some(home) if add(home, &vm, index, weight) => vm.kick_cpu(home),
             _ => vm.release(index),
         }

@@ -26,7 +26,7 @@ pub struct Command {
     pub args: [u64; 5],
 }
 
-/// No CPU holds the vCPU.
+/// No CPU.
 const NOWHERE: usize = usize::MAX;
 
 /// A vCPU.
@@ -45,8 +45,10 @@ pub struct Vcpu {
     pub(crate) mailbox: Mutex<Mailbox>,
     /// State of a vCPU that nobody holds; locked by the holder all the while it holds it.
     pub(crate) parked: Mutex<Parked>,
-    /// The CPU that holds it, or is about to.
+    /// The CPU whose queue it is on, or is about to be.
     cpu: AtomicUsize,
+    /// The CPU that has loaded it.
+    held_by: AtomicUsize,
 }
 
 /// Commands to the built-in guest, one at a time.
@@ -94,6 +96,7 @@ impl Vcpu {
             mailbox: Mutex::new(Mailbox::default()),
             parked: Mutex::new(Parked::out_of_reset(index, cntvoff)),
             cpu: AtomicUsize::new(NOWHERE),
+            held_by: AtomicUsize::new(NOWHERE),
         }
     }
 
@@ -106,7 +109,17 @@ impl Vcpu {
         *self.parked.lock() = Parked::out_of_reset(self.index, cntvoff);
     }
 
-    /// The CPU that holds it.
+    /// Whether `cpu` has loaded it.
+    pub fn is_held_by(&self, cpu: usize) -> bool {
+        self.held_by.load(Ordering::Acquire) == cpu
+    }
+
+    pub(crate) fn set_held_by(&self, cpu: Option<usize>) {
+        self.held_by
+            .store(cpu.unwrap_or(NOWHERE), Ordering::Release);
+    }
+
+    /// The CPU whose queue it is on.
     pub fn cpu(&self) -> Option<usize> {
         Some(self.cpu.load(Ordering::SeqCst)).filter(|cpu| *cpu != NOWHERE)
     }

@@ -10,6 +10,7 @@ mod emulated;
 mod epochs;
 mod exits;
 mod host;
+mod scheduling;
 mod soak;
 mod splitting;
 

@@ -25,8 +25,9 @@ extern "C" fn guest_irq() {
     let area = this_area();
     match gic::intid(acknowledged) {
         gic::TIMER => {
-            asm::set_timer_control(TIMER_MASKED);
             bump(&area.timer_ticks);
+            hold(area);
+            asm::set_timer_control(TIMER_MASKED);
         }
         IPI => {
             let number = area.ipi_number.load(Relaxed);
@@ -42,6 +43,44 @@ extern "C" fn guest_irq() {
         _ => {}
     }
     gic::end(acknowledged);
+}
+
+/// Waits, if [`held_ticks`] asks for it. The line stays asserted meanwhile at odd ticks, and drops at even ones.
+fn hold(area: &Area) {
+    let number = area.handling.load(Relaxed);
+    if number == 0 {
+        return;
+    }
+    if number.is_multiple_of(2) {
+        asm::set_timer_control(TIMER_MASKED);
+    }
+    area.held.store(number, Relaxed);
+    while area.released.load(Relaxed) < number {
+        core::hint::spin_loop();
+    }
+}
+
+/// As many ticks, each held by its handler until the hypervisor has done what it wants to do meanwhile.
+pub(super) fn held_ticks(rounds: u64) -> Done {
+    let area = this_area();
+    let first = ticks(area);
+    let mut wrong = 0;
+    for number in 1..=rounds {
+        let before = ticks(area);
+        area.handling.store(number, Relaxed);
+        asm::set_timer_value(asm::counter_hz() / 100_000);
+        asm::set_timer_control(TIMER_ON);
+        let mut sleeps = 0;
+        while ticks(area) == before && sleeps < PATIENCE {
+            asm::wait_for_interrupt();
+            sleeps += 1;
+        }
+        asm::set_timer_control(TIMER_OFF);
+        asm::take_interrupts();
+        wrong += u64::from(ticks(area) != before + 1);
+    }
+    area.handling.store(0, Relaxed);
+    Done::ok(ticks(area) - first, wrong)
 }
 
 pub(super) fn bump(count: &AtomicU64) {

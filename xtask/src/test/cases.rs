@@ -73,6 +73,7 @@ pub(super) fn all(board: &Board, soak: bool) -> Vec<Case> {
         table.epochs(),
         table.aging(),
         table.exits(),
+        table.scheduling(),
         table.refusals(),
     ];
     groups.into_iter().flatten().collect()

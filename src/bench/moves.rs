@@ -1,0 +1,100 @@
+//! Suite `moves`: a vCPU is moved to another CPU while its guest handles a tick of its timer, between acknowledging the
+//! interrupt and ending it, tick after tick. No tick is lost, none comes twice, and no CPU is left with the physical
+//! interrupt active: afterwards a timer works on each.
+
+use core::mem::offset_of;
+
+use crate::guest::abi::{self, op};
+use crate::mmu::Locking;
+use crate::vm::{Command, Placement};
+
+use super::Refusal;
+use super::clock::Moment;
+use super::report::{Row, progress};
+use super::scene::{Cast, Scene, Stage};
+
+/// How long the guest may take to come to its next tick.
+const PATIENCE_NS: u64 = 10_000_000_000;
+
+/// Every CPU but the controller's in turn; false when a tick was lost or a CPU's timer does not work afterwards.
+pub(super) fn run(stage: &Stage<'_>) -> Result<bool, Refusal> {
+    let params = stage.params;
+    let locking = params.locking.first().copied().unwrap_or(Locking::Rwlock);
+    let guest_cpus = stage.host.cpus() - 1;
+    progress(
+        0,
+        1,
+        format_args!("moves: {} over {guest_cpus} CPUs", params.rounds),
+    );
+    let scene = stage.open(Cast {
+        placement: Placement::On(1),
+        ..stage.cast(locking, 1)
+    })?;
+    let (mut moved, mut late) = (0, 0);
+    scene.write_word(0, offset_of!(abi::Area, released), 0)?;
+    scene.post(|_| command(op::HELD_TICKS, params.rounds));
+    for tick in 1..=params.rounds {
+        late += u64::from(!comes(&scene, tick)?);
+        for cpu in route(tick, guest_cpus) {
+            moved += 1;
+            scene.move_to(0, cpu)?;
+        }
+        scene.write_word(0, offset_of!(abi::Area, released), tick)?;
+    }
+    let outcomes = scene.wait_all()?;
+    scene.close();
+    let ticks = outcomes.first().map_or([0; 2], |outcome| outcome.results);
+    let mut stuck = 0;
+    for cpu in 1..=guest_cpus {
+        let scene = stage.open(Cast {
+            placement: Placement::On(cpu),
+            ..stage.cast(locking, 1)
+        })?;
+        let tested = scene.perform(|_| command(op::TIMER_TEST, 0))?;
+        stuck += u64::from(tested.iter().any(|outcome| outcome.results[1] != 0));
+        scene.close();
+    }
+    let [ticks, wrong] = ticks;
+    Row::new("moves", "timer", params.timing.name())
+        .param("guest_cpus", guest_cpus)
+        .param("rounds", params.rounds)
+        .value("moves", moved)
+        .value("ticks", ticks)
+        .value("ticks_wrong", wrong)
+        .value("ticks_late", late)
+        .value("cpus_stuck", stuck)
+        .print();
+    Ok(ticks == params.rounds && wrong == 0 && late == 0 && stuck == 0)
+}
+
+/// Where a vCPU goes during `tick`: the next CPU, at every third tick by way of another, and at every fifth it stays.
+fn route(tick: u64, guest_cpus: usize) -> impl Iterator<Item = usize> {
+    let next = move |step: u64| usize::try_from(tick + step).unwrap_or(0) % guest_cpus + 1;
+    let hops = match tick {
+        _ if tick.is_multiple_of(5) => 0,
+        _ if tick.is_multiple_of(3) => 2,
+        _ => 1,
+    };
+    (0..hops).map(next)
+}
+
+/// Waits until the guest's handler holds `tick`.
+fn comes(scene: &Scene, tick: u64) -> Result<bool, Refusal> {
+    let start = Moment::now();
+    loop {
+        if scene.word(0, offset_of!(abi::Area, held))? >= tick {
+            return Ok(true);
+        }
+        if start.elapsed_ns() > PATIENCE_NS {
+            return Ok(false);
+        }
+        scene.nap();
+    }
+}
+
+fn command(op: u64, first: u64) -> Command {
+    Command {
+        op,
+        args: [first, 0, 0, 0, 0],
+    }
+}

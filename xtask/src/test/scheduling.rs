@@ -1,0 +1,115 @@
+//! Cases about CPUs that several vCPUs share, vCPUs that move, and VMs that come and go.
+
+use super::cases::{Case, Expect, Table};
+use super::checks::{Verdict, each, same, value};
+use crate::bench::Row;
+use crate::machine::Timing;
+use crate::uart::Transcript;
+
+/// How far a share may be from what the weights say, and equal vCPUs from each other.
+const TOLERANCE: f64 = 0.05;
+/// Ticks during which a vCPU is moved, at least.
+const TICKS: f64 = 10_000.0;
+
+impl Table<'_> {
+    /// Shares, moves and lives.
+    pub(super) fn scheduling(&self) -> Vec<Case> {
+        let share = |name: &str, cpus, append: &str| {
+            let machine = self.machine(|machine| {
+                "max".clone_into(&mut machine.cpu);
+                machine.cpus = cpus;
+                machine.memory_mib = 2048;
+                machine.timing = Timing::Insn;
+            });
+            let append = format!("suite=share timing=insn mib=1 run-ms=2000 {append}");
+            self.case(name, machine, append, Expect::Good(shares_are_fair))
+        };
+        let mut cases = vec![
+            share(
+                "two VMs of weights 1:3 get 25:75 of four CPUs",
+                5,
+                "vcpus=4 weights=100,300",
+            ),
+            share(
+                "three VMs of weights 1:3:6 get 10:30:60 of one CPU",
+                2,
+                "vcpus=2 weights=50,150,300",
+            ),
+            share(
+                "64 vCPUs on four CPUs all make progress, and equal progress on each",
+                5,
+                "vcpus=64 weights=100",
+            ),
+        ];
+        let rounds = if self.soak { 100_000 } else { 10_000 };
+        for (model, gic) in [("max", 3), ("neoverse-n1", 3), ("cortex-a72", 2)] {
+            let machine = self.machine(|machine| {
+                model.clone_into(&mut machine.cpu);
+                machine.gic = gic;
+                machine.cpus = 3;
+            });
+            let name = format!("no tick is lost while its vCPU moves, {model}, GICv{gic}");
+            let append = format!("suite=moves vcpus=1 rounds={rounds}");
+            let case = self.case(name, machine, append, Expect::Good(no_tick_is_lost));
+            // Three threads that hand work to each other are slow where others want the same cores.
+            cases.push(Case {
+                alone: true,
+                ..case
+            });
+        }
+        let machine = self.machine(|machine| {
+            "cortex-a72".clone_into(&mut machine.cpu);
+            machine.cpus = 3;
+        });
+        cases.push(self.case(
+            "1000 VMs come and go and leave nothing, cortex-a72",
+            machine,
+            "suite=lives vcpus=2 mib=8 rounds=1000",
+            Expect::Good(nothing_is_left),
+        ));
+        cases
+    }
+}
+
+fn shares_are_fair(transcripts: &[Transcript]) -> Verdict {
+    each(transcripts, |row: &Row| {
+        let [share, expected] = [
+            value(row, "share_permille")?,
+            value(row, "expected_permille")?,
+        ];
+        let spread = value(row, "spread_permille")? / 1000.0;
+        if (share / expected - 1.0).abs() > TOLERANCE {
+            return Err(format!("{share} of 1000 instead of {expected}"));
+        }
+        if spread > TOLERANCE {
+            return Err(format!("equal vCPUs are {spread:.3} apart"));
+        }
+        match value(row, "rounds_least")? {
+            least if least > 0.0 => Ok(()),
+            _ => Err("a vCPU got nowhere".to_owned()),
+        }
+    })
+}
+
+fn no_tick_is_lost(transcripts: &[Transcript]) -> Verdict {
+    each(transcripts, |row: &Row| {
+        for key in ["ticks_wrong", "ticks_late", "cpus_stuck"] {
+            same(row, key, 0.0)?;
+        }
+        let ticks = value(row, "ticks")?;
+        match value(row, "moves")? {
+            moves if moves >= ticks && ticks >= TICKS => Ok(()),
+            moves => Err(format!("only {moves} moves during {ticks} ticks")),
+        }
+    })
+}
+
+fn nothing_is_left(transcripts: &[Transcript]) -> Verdict {
+    each(transcripts, |row: &Row| {
+        for what in ["free_pages", "vmids"] {
+            let before = value(row, &format!("{what}_before"))?;
+            same(row, &format!("{what}_after"), before)?;
+        }
+        Ok(())
+    })
+}
