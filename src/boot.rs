@@ -52,7 +52,11 @@ extern "C" fn boot_cpu_main(tree: u64) -> ! {
     introduce(&machine, &memory, &features);
     let host = host::install(share(machine, features, shared));
     cpus::release(host);
-    match bench::main(host, &host.machine.bootargs, GUEST) {
+    let images = bench::Images {
+        guest: GUEST,
+        bundle: host.machine.initrd.as_ref().map(ram_disk),
+    };
+    match bench::main(host, &host.machine.bootargs, images) {
         Ok(status) => panic::exit(status),
         Err(reason) => panic::refuse(format_args!("{reason}")),
     }
@@ -91,6 +95,14 @@ fn read_tree(at: Pa) -> (Tree<'static>, Range<Pa>) {
         // Nothing says where a UART is, nor how to switch off.
         _ => psci::system_off(),
     }
+}
+
+/// The initial RAM disk, in place.
+fn ram_disk(at: &Range<Pa>) -> &'static [u8] {
+    let start = core::ptr::with_exposed_provenance::<u8>(to_usize(at.start.raw()));
+    let bytes = to_usize(at.end.offset_from(at.start).unwrap_or(0));
+    // SAFETY: the final map holds it, read-only; it was taken out of RAM that others get, and nobody writes it.
+    unsafe { core::slice::from_raw_parts(start, bytes) }
 }
 
 fn start_console(tree: &Tree<'_>) -> Option<Uart> {

@@ -2,6 +2,10 @@
 //!
 //! A line holds the console's lock while it is sent, so lines of several CPUs never mix. Nothing on a hot path writes
 //! here (see [`crate::trace`]).
+//!
+//! The console can be [shared](share) with a guest, whose bytes then go out as they are. From there on every line of the
+//! hypervisor's own begins with the byte [`RECORD`], which is kept back from what the guest sends: whatever a guest prints,
+//! nobody takes it for a line of ours. (RFC 7464 marks JSON records in a stream of text by the same byte.)
 
 use core::fmt::{self, Write};
 
@@ -12,13 +16,29 @@ use crate::arch;
 use crate::dev::pl011::Pl011;
 use crate::sync::percpu;
 
-static CONSOLE: Mutex<Option<Pl011>> = Mutex::new(None);
+/// Begins a line of the hypervisor's on a console that a guest shares: the ASCII record separator.
+pub const RECORD: u8 = 0x1e;
+
+static CONSOLE: Mutex<Port> = Mutex::new(Port {
+    uart: None,
+    shared: false,
+    mid_line: false,
+});
+
+/// The UART and what was last sent to it.
+struct Port {
+    uart: Option<Pl011>,
+    /// A guest writes to it, too.
+    shared: bool,
+    /// The guest's last byte did not end a line.
+    mid_line: bool,
+}
 
 struct Console;
 
 /// Sends all output to `uart` from here on.
 pub fn start(uart: Pl011) {
-    *CONSOLE.lock() = Some(uart);
+    CONSOLE.lock().uart = Some(uart);
     let level = if cfg!(debug_assertions) {
         LevelFilter::Debug
     } else {
@@ -48,18 +68,60 @@ pub fn last_line(text: fmt::Arguments<'_>) {
     send(&mut CONSOLE.lock(), text);
 }
 
+/// Shares the console with a guest from here on: lines are marked by [`RECORD`], beginning with one that says so.
+pub fn share() {
+    let mut port = CONSOLE.lock();
+    port.shared = true;
+    send(
+        &mut port,
+        format_args!(
+            "the console is the guest's; lines of the hypervisor begin with byte {RECORD:#x}"
+        ),
+    );
+}
+
+/// Sends a byte of the guest's that shares the console.
+pub fn guest_byte(byte: u8) {
+    let mut port = CONSOLE.lock();
+    if let Some(uart) = &port.uart
+        && byte != RECORD
+    {
+        uart.send_raw(byte);
+        port.mid_line = byte != b'\n';
+    }
+}
+
+/// The next byte that somebody typed.
+pub fn typed() -> Option<u8> {
+    CONSOLE.lock().uart.as_ref()?.receive()
+}
+
+/// Has typed bytes interrupt the CPU that the UART's interrupt goes to, or not.
+pub fn listen(on: bool) {
+    if let Some(uart) = &CONSOLE.lock().uart {
+        uart.listen(on);
+    }
+}
+
 /// Waits until everything has left the machine.
 pub fn flush() {
     if let Some(console) = CONSOLE.try_lock()
-        && let Some(uart) = console.as_ref()
+        && let Some(uart) = console.uart.as_ref()
     {
         uart.flush();
     }
 }
 
-fn send(console: &mut Option<Pl011>, text: fmt::Arguments<'_>) {
-    if let Some(uart) = console
-        && uart.write_fmt(format_args!("{text}\n")).is_err()
+fn send(port: &mut Port, text: fmt::Arguments<'_>) {
+    let Some(uart) = &mut port.uart else {
+        return;
+    };
+    let fresh_line = if port.mid_line { "\n" } else { "" };
+    let mark = if port.shared { "\u{1e}" } else { "" };
+    port.mid_line = false;
+    if uart
+        .write_fmt(format_args!("{fresh_line}{mark}{text}\n"))
+        .is_err()
     {
         // A value's own formatter failed; the rest of the line is lost and there is nobody to tell.
     }
@@ -107,7 +169,7 @@ impl Log for Console {
         if !self.enabled(record.metadata()) {
             return;
         }
-        let module = record.module_path().unwrap_or_default();
+        let module = record.target();
         let module = module.split_once("::").map_or(module, |(_, inner)| inner);
         let (cpu, level) = (percpu::index(), record.level());
         line(format_args!(
@@ -123,7 +185,12 @@ impl Log for Console {
 
 #[cfg(test)]
 mod tests {
-    use super::Escaped;
+    use super::{Escaped, RECORD};
+
+    #[test]
+    fn the_mark_of_a_line_is_the_byte_that_guests_cannot_send() {
+        assert_eq!("\u{1e}".as_bytes(), [RECORD]);
+    }
 
     #[test]
     fn whatever_a_user_typed_stays_one_json_string() {

@@ -16,6 +16,7 @@ mod exit;
 mod get;
 mod heat;
 mod ipi;
+mod linux;
 mod lives;
 mod moves;
 pub mod params;
@@ -40,8 +41,18 @@ const FAILED: u32 = 1;
 /// Why a suite ended early, in one line.
 type Refusal = String;
 
-/// Runs what the boot arguments say, with `guest` as the built-in guest's image, and returns the run's status.
-pub fn main(host: &'static Host, arguments: &str, guest: &[u8]) -> Result<u32, Refusal> {
+/// What can be run, beside what the boot arguments say.
+#[derive(Clone, Copy, Debug)]
+pub struct Images<'a> {
+    /// The built-in guest.
+    pub guest: &'a [u8],
+    /// The machine's initial RAM disk: kernel and RAM disk of a guest.
+    pub bundle: Option<&'a [u8]>,
+}
+
+/// Runs what the boot arguments say and returns the run's status. What stands behind ` -- ` in them is a guest's.
+pub fn main(host: &'static Host, arguments: &str, images: Images<'_>) -> Result<u32, Refusal> {
+    let (arguments, guest_arguments) = arguments.split_once(" -- ").unwrap_or((arguments, ""));
     let params = Params::parse(arguments)?;
     let enough = host.cpus().saturating_sub(1);
     if let Some(most) = params.vcpus.iter().max()
@@ -57,7 +68,9 @@ pub fn main(host: &'static Host, arguments: &str, guest: &[u8]) -> Result<u32, R
     let stage = scene::Stage {
         host,
         params: &params,
-        guest,
+        guest: images.guest,
+        bundle: images.bundle,
+        guest_arguments,
         bbm: params.bbm_levels(host.features.bbm, host.auto_bbm())?,
         trackers: params.trackers(host.services.hardware, host.auto_engine())?,
         access_flag: params.access_flags(host.services.hardware, host.auto_access_flag())?,
@@ -82,6 +95,7 @@ pub fn main(host: &'static Host, arguments: &str, guest: &[u8]) -> Result<u32, R
         Suite::Lives => lives::run(&stage)?,
         Suite::Exit => exit::run(&stage)?,
         Suite::Ipi => ipi::run(&stage)?,
+        Suite::Linux => linux::run(&stage)?,
     };
     Ok(if good { 0 } else { FAILED })
 }

@@ -49,6 +49,8 @@ pub enum Suite {
     Exit,
     /// The kernel's IPI benchmark.
     Ipi,
+    /// An unmodified Linux kernel.
+    Linux,
 }
 
 /// Which of several ways is used.
@@ -144,6 +146,8 @@ pub struct Params {
     pub pattern: Pattern,
     /// Whether those who receive IPIs in suite `ipi` sleep or run in a loop.
     pub receivers: Receivers,
+    /// What suite `linux` alone is told.
+    pub linux: Linux,
 }
 
 /// What a vCPU does that waits for interrupts.
@@ -153,6 +157,28 @@ pub enum Receivers {
     Sleeping,
     /// A loop.
     Running,
+}
+
+/// How a kernel is run.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Linux {
+    /// Its memory, in MiB.
+    pub guest_mib: u64,
+    /// Its console.
+    pub console: Console,
+    /// Boots after which it must switch itself off; 0 for any number.
+    pub boots: u64,
+    /// Whether its memory is logged, split, protected and aged in loops meanwhile.
+    pub beneath: bool,
+}
+
+/// Where a guest's console is.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Console {
+    /// In the log, line by line; it has no input.
+    Log,
+    /// On the machine's UART, byte by byte, both ways.
+    Raw,
 }
 
 /// How much of its memory a guest uses all the time, and how much now and then; percent.
@@ -202,6 +228,12 @@ impl Default for Params {
             passes: 16,
             pattern: Pattern { hot: 10, warm: 20 },
             receivers: Receivers::Sleeping,
+            linux: Linux {
+                guest_mib: 256,
+                console: Console::Log,
+                boots: 0,
+                beneath: false,
+            },
         }
     }
 }
@@ -211,7 +243,7 @@ const SIZES: [(&str, u64, Level); 3] = [
     ("2m", 2 << 20, Level::L2),
     ("1g", 1 << 30, Level::L1),
 ];
-const SUITES: [(&str, Suite); 19] = [
+const SUITES: [(&str, Suite); 20] = [
     ("none", Suite::None),
     ("dirty", Suite::Dirty),
     ("verify", Suite::Verify),
@@ -231,6 +263,7 @@ const SUITES: [(&str, Suite); 19] = [
     ("share", Suite::Share),
     ("moves", Suite::Moves),
     ("lives", Suite::Lives),
+    ("linux", Suite::Linux),
 ];
 const TIMINGS: [(&str, Timing); 3] = [
     ("insn", Timing::Insn),
@@ -274,6 +307,7 @@ const RECEIVERS: [(&str, Receivers); 2] = [
     ("sleeping", Receivers::Sleeping),
     ("running", Receivers::Running),
 ];
+const CONSOLES: [(&str, Console); 2] = [("log", Console::Log), ("raw", Console::Raw)];
 const ORDERS: [(&str, bool); 2] = [("sequential", false), ("random", true)];
 const BITS: [(&str, bool); 2] = [("0", false), ("1", true)];
 const SOURCES: [(&str, bool); 2] = [("at", false), ("trust", true)];
@@ -331,6 +365,10 @@ impl Params {
             "run-ms" => self.run_ms = number(key, value, 1, 100_000)?,
             "pattern" => self.pattern = pattern(key, value)?,
             "receivers" => self.receivers = named(key, value, &RECEIVERS)?,
+            "guest-mib" => self.linux.guest_mib = number(key, value, 2, 1 << 20)?,
+            "console" => self.linux.console = named(key, value, &CONSOLES)?,
+            "boots" => self.linux.boots = number(key, value, 0, 1 << 20)?,
+            "beneath" => self.linux.beneath = named(key, value, &BITS)?,
             _ => {
                 return Err(format!(
                     "boot argument '{key}={value}': there is no key '{key}'"
@@ -533,8 +571,8 @@ mod tests {
     use std::vec;
 
     use super::{
-        ACCESS_FLAGS, Choice, ENGINES, POLICIES, Params, Pattern, Receivers, Suite, TRACKINGS,
-        Timing, precision_name, size_name, stride_name,
+        ACCESS_FLAGS, Choice, Console, ENGINES, Linux, POLICIES, Params, Pattern, Receivers, Suite,
+        TRACKINGS, Timing, precision_name, size_name, stride_name,
     };
     use crate::mmu::{
         AccessFlag, Bbm, Engine, Hardware, Level, Locking, Policy, Precision, Tracking,
@@ -547,7 +585,8 @@ mod tests {
              seed=9 stride=2m backing=1g initially-all-set=1 timing=insn hpfar=trust slot-mib=16384 rounds=5 \
              splitting=clear,fault-empty bbm=auto,2 bbm-batch=64 chunk=2m pause-us=20 unsafe-bbm=1 seconds=60 \
              engine=swap,auto tracking=fault,dbm epochs=10000 epoch-us=500,2000 access-flag=software precision=imprecise \
-             period-us=500 budget=5 passes=3 pattern=1,99 receivers=running",
+             period-us=500 budget=5 passes=3 pattern=1,99 receivers=running guest-mib=96 console=raw boots=4 \
+             beneath=1",
         )
         .unwrap();
         let expected = Params {
@@ -586,6 +625,12 @@ mod tests {
             passes: 3,
             pattern: Pattern { hot: 1, warm: 99 },
             receivers: Receivers::Running,
+            linux: Linux {
+                guest_mib: 96,
+                console: Console::Raw,
+                boots: 4,
+                beneath: true,
+            },
         };
         assert_eq!(params, expected);
         assert_eq!(size_name(params.backing), "1g");
@@ -623,6 +668,9 @@ mod tests {
             ("pattern=0,20", "hot from 1"),
             ("pattern=60,50", "of 100 together"),
             ("receivers=gone", "one of sleeping, running"),
+            ("guest-mib=1", "2 to"),
+            ("console=lines", "one of log, raw"),
+            ("beneath=yes", "one of 0, 1"),
         ] {
             let error = Params::parse(word).unwrap_err();
             assert!(error.contains(word) && error.contains(says), "{error}");

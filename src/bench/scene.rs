@@ -29,6 +29,10 @@ pub(super) struct Stage<'a> {
     pub(super) host: &'static Host,
     pub(super) params: &'a Params,
     pub(super) guest: &'a [u8],
+    /// The machine's initial RAM disk: kernel and RAM disk of a guest.
+    pub(super) bundle: Option<&'a [u8]>,
+    /// The guest's own part of the boot arguments.
+    pub(super) guest_arguments: &'a str,
     /// The break-before-make levels that the parameters come to on this machine.
     pub(super) bbm: Vec<Bbm>,
     /// So are the engines, each with how writes are noticed.
@@ -222,7 +226,7 @@ impl Stage<'_> {
 }
 
 /// A slot with host memory behind it, which `memory` owns.
-fn reserve(
+pub(super) fn reserve(
     memory: &mut Vec<mem::Extent>,
     bytes: u64,
     ipa: u64,
@@ -266,7 +270,7 @@ fn keep_zeros(slot: &mut SlotConfig) {
 }
 
 /// What a VM refuses, in the run's words.
-fn refused(error: impl Display) -> Refusal {
+pub(super) fn refused(error: impl Display) -> Refusal {
     format!("no VM: {error}")
 }
 

@@ -150,7 +150,8 @@ fn draw_map(
     for ram in usable {
         map.identity(ram.clone(), Kind::Data)?;
     }
-    let constants = [ram::covering_pages(tree), machine.initrd.clone()];
+    let initrd = machine.initrd.clone().and_then(ram::covering_pages);
+    let constants = [ram::covering_pages(tree), initrd];
     for region in constants.into_iter().flatten() {
         map.identity(region, Kind::Constants)?;
     }

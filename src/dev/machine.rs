@@ -101,8 +101,10 @@ pub struct Machine {
     pub interrupts: Interrupts,
     /// `/chosen/bootargs`.
     pub bootargs: String,
-    /// The initial RAM disk.
+    /// The initial RAM disk, to the byte.
     pub initrd: Option<Range<Pa>>,
+    /// The console.
+    pub console: Option<Uart>,
 }
 
 /// Why a machine cannot be used.
@@ -208,7 +210,7 @@ impl Machine {
         }
         let initrd = initrd(tree);
         let mut reserved = reserved(tree);
-        reserved.extend(initrd.clone());
+        reserved.extend(initrd.clone().and_then(ram::covering_pages));
         let chosen = tree.at("/chosen");
         Ok(Self {
             board: board(tree),
@@ -223,6 +225,7 @@ impl Machine {
                 .unwrap_or_default()
                 .into(),
             initrd,
+            console: console(tree),
         })
     }
 }
@@ -364,6 +367,5 @@ fn initrd(tree: &Tree<'_>) -> Option<Range<Pa>> {
         chosen.address("linux,initrd-start")?,
         chosen.address("linux,initrd-end")?,
     );
-    (start < end).then_some(())?;
-    ram::covering_pages(Pa::new(start)..Pa::new(end))
+    (start < end).then_some(Pa::new(start)..Pa::new(end))
 }

@@ -1,4 +1,4 @@
-//! The PL011 UART (Arm DDI 0183G), transmit side, as firmware left it configured.
+//! The PL011 UART (Arm DDI 0183G), as firmware left it configured.
 //!
 //! Only what the SBSA subset has too is used, so `arm,sbsa-uart` works as well. Baud rate and format are firmware's.
 
@@ -13,8 +13,12 @@ const CONTROL: usize = 0x30;
 const INTERRUPT_MASK: usize = 0x38;
 /// FR.TXFF: the transmit queue is full.
 const TRANSMIT_FULL: u32 = 1 << 5;
+/// FR.RXFE: nothing was received.
+const RECEIVE_EMPTY: u32 = 1 << 4;
 /// FR.BUSY: something is still being sent.
 const BUSY: u32 = 1 << 3;
+/// IMSC: something was received, be it long ago.
+const RECEIVE_INTERRUPTS: u32 = 1 << 4 | 1 << 6;
 /// CR.UARTEN, CR.TXE, CR.RXE.
 const ENABLED: u32 = 1 << 0 | 1 << 8 | 1 << 9;
 
@@ -44,6 +48,24 @@ impl Pl011 {
     fn send(&self, byte: u8) {
         while self.registers.read(FLAGS) & TRANSMIT_FULL != 0 {}
         self.registers.write(DATA, byte.into());
+    }
+
+    /// Sends `byte` as it is.
+    pub fn send_raw(&self, byte: u8) {
+        self.send(byte);
+    }
+
+    /// The next byte that was received.
+    pub fn receive(&self) -> Option<u8> {
+        let empty = self.registers.read(FLAGS) & RECEIVE_EMPTY != 0;
+        let [byte, ..] = (!empty).then(|| self.registers.read(DATA))?.to_le_bytes();
+        Some(byte)
+    }
+
+    /// Has received bytes interrupt, or not.
+    pub fn listen(&self, on: bool) {
+        let interrupts = if on { RECEIVE_INTERRUPTS } else { 0 };
+        self.registers.write(INTERRUPT_MASK, interrupts);
     }
 
     /// Waits until everything has left the UART.

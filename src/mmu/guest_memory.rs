@@ -109,6 +109,7 @@ impl Stage2 {
         // SAFETY: The slot's backing is memory of this VM that stays its own while the slot is published, which the
         // section holds up; EL2 maps it at its physical address, and `data` does not cross the page.
         unsafe { copy_nonoverlapping(data.as_ptr(), to, data.len()) };
+        crate::arch::show_to_guest(pa, data.len() as u64);
         record(view, ipa, Level::L3, cpu);
         Ok(Attempt::Done)
     }

@@ -68,6 +68,10 @@ impl Resident<'_> {
             Call::MigrateInfoType => psci::NO_TRUSTED_OS,
             Call::SystemOff => return self.halt(StopReason::SystemOff),
             Call::SystemReset => return self.halt(StopReason::SystemReset),
+            Call::SystemReset2 {
+                kind: psci::WARM_RESET,
+            } => return self.halt(StopReason::WarmReset),
+            Call::SystemReset2 { .. } => Refusal::InvalidParameters.value(),
         };
         self.frame.write(0, answer);
     }

@@ -11,6 +11,7 @@
 //! | `deliver` | interrupts on their way to a vCPU and into its list registers |
 //! | [`trap`], [`inject`], [`sysreg`], [`psci`], [`smccc`] | decoding and deciding, pure |
 //! | [`vgic`], [`vtimer`], [`vuart`] | the devices |
+//! | [`loader`] | what a kernel finds in memory when it begins |
 //! | [`host`], [`run`], [`sched`] | what VMs stand on, the life of a CPU, and who runs next on it |
 #![cfg_attr(
     not(test),
@@ -23,10 +24,12 @@
     )
 )]
 
+mod console;
 mod deliver;
 mod exits;
 pub mod host;
 pub mod inject;
+pub mod loader;
 mod mmio;
 pub mod psci;
 mod quick;

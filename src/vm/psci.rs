@@ -8,6 +8,8 @@ pub const AFFINITY_ON: u64 = 0;
 pub const AFFINITY_OFF: u64 = 1;
 /// As above, about to come on.
 pub const AFFINITY_PENDING: u64 = 2;
+/// SYSTEM_RESET2: the architecture's warm reset.
+pub const WARM_RESET: u64 = 0;
 /// MIGRATE_INFO_TYPE: there is no trusted OS to migrate.
 pub const NO_TRUSTED_OS: u64 = 2;
 
@@ -67,6 +69,11 @@ pub enum Call {
     SystemOff,
     /// SYSTEM_RESET.
     SystemReset,
+    /// SYSTEM_RESET2 of this type.
+    SystemReset2 {
+        /// What kind of reset; only [`WARM_RESET`] is known.
+        kind: u64,
+    },
 }
 
 /// Decodes function `function` with its first three arguments; `None` for what is not PSCI or not offered.
@@ -93,6 +100,7 @@ pub fn decode(function: u32, arguments: [u64; 3]) -> Option<Call> {
         0x8400_0006 => Call::MigrateInfoType,
         0x8400_0008 => Call::SystemOff,
         0x8400_0009 => Call::SystemReset,
+        0x8400_0012 | 0xc400_0012 => Call::SystemReset2 { kind: first },
         0x8400_000a => Call::Features(u32::try_from(first & 0xffff_ffff).ok()?),
         _ => return None,
     })

@@ -45,7 +45,7 @@ pub const UART: Ipa = Ipa::new(0x0900_0000);
 /// RAM begins here.
 pub const RAM: Ipa = Ipa::new(0x4000_0000);
 /// Bytes of GICV, and so of what a guest sees at [`GICC`].
-const GICC_BYTES: u64 = 0x2000;
+pub(crate) const GICC_BYTES: u64 = 0x2000;
 /// Redistributors that fit below the UART.
 const MOST_VCPUS_V3: usize = 123;
 const MOST_VCPUS_V2: usize = 8;
@@ -142,6 +142,8 @@ pub enum StopReason {
     SystemOff,
     /// The guest called SYSTEM_RESET.
     SystemReset,
+    /// The guest called SYSTEM_RESET2 for a warm reset.
+    WarmReset,
     /// The guest ran in AArch32, which it was told does not exist.
     Aarch32,
     /// The machine reported an error that belongs to the guest, with this syndrome.
@@ -158,6 +160,7 @@ impl fmt::Display for StopReason {
             Self::NoCpu => write!(f, "has no CPU to run on"),
             Self::SystemOff => write!(f, "switched off by its guest"),
             Self::SystemReset => write!(f, "reset by its guest"),
+            Self::WarmReset => write!(f, "warm reset by its guest"),
             Self::Aarch32 => write!(f, "ran 32-bit code, which it cannot"),
             Self::SError(esr) => write!(f, "hit an SError (syndrome {esr:#x})"),
             Self::Unexpected(esr, pc) => {
@@ -186,7 +189,7 @@ pub struct Vm {
     vcpus: Box<[Vcpu]>,
     /// By CPU: the vCPU that it loaded last. Each word is its CPU's own.
     last_on: Box<[AtomicUsize]>,
-    uart: Mutex<Vuart>,
+    pub(crate) uart: Mutex<Vuart>,
     /// The vCPUs are to leave their CPUs.
     stopping: AtomicBool,
     reasons: Mutex<Vec<Option<StopReason>>>,
@@ -420,13 +423,23 @@ impl Vm {
     pub(crate) fn reported(&self, vcpu: usize) {
         fence(Ordering::SeqCst);
         if self.awaited.load(Ordering::SeqCst) == vcpu {
-            host::kick(self.gic, self.controller);
+            self.kick_controller();
         }
     }
 
     /// Why `vcpu` stopped by itself, if it did.
     pub fn stop_reason(&self, vcpu: usize) -> Option<StopReason> {
         self.reasons.lock().get(vcpu).copied().flatten()
+    }
+
+    /// Why the VM stopped by itself, if it did.
+    pub fn ended(&self) -> Option<StopReason> {
+        self.reasons.lock().iter().flatten().next().copied()
+    }
+
+    /// Sleeps until something may have happened that the controller wants to see.
+    pub fn rest(&self) {
+        run::rest(self.gic);
     }
 
     /// Makes every vCPU leave its CPU and waits until they have.
@@ -457,7 +470,7 @@ impl Vm {
         log::warn!("vCPU {vcpu} {reason}");
         self.stopping.store(true, Ordering::SeqCst);
         self.kick_all();
-        host::kick(self.gic, self.controller);
+        self.kick_controller();
     }
 
     pub(crate) fn is_stopping(&self) -> bool {
@@ -495,6 +508,10 @@ impl Vm {
         }
     }
 
+    pub(crate) fn kick_controller(&self) {
+        host::kick(self.gic, self.controller);
+    }
+
     pub(crate) fn kick_cpu(&self, cpu: usize) {
         host::kick(self.gic, cpu);
     }
@@ -527,24 +544,6 @@ impl Vm {
         let offset = within(GICR, REDISTRIBUTOR_BYTES * self.vcpus.len() as u64)?;
         let vcpu = usize::try_from(offset / REDISTRIBUTOR_BYTES).ok()?;
         Some((Device::Redistributor(vcpu), offset % REDISTRIBUTOR_BYTES))
-    }
-
-    pub(crate) fn read_uart(&self, offset: u64) -> u32 {
-        self.uart.lock().read(offset)
-    }
-
-    pub(crate) fn write_uart(&self, offset: u64, value: u32) {
-        let line = self.uart.lock().write(offset, value);
-        if let Some(line) = line {
-            log::info!(target: "vellum::guest", "{line}");
-        }
-    }
-
-    fn flush_uart(&self) {
-        let line = self.uart.lock().flush();
-        if let Some(line) = line {
-            log::info!(target: "vellum::guest", "{line}");
-        }
     }
 }
 

@@ -249,6 +249,7 @@ fn measure(
         let launch = Launch {
             machine: &job.machine,
             image: &image.flat,
+            bundle: None,
             append: &job.append,
             limit,
             silence: limit,

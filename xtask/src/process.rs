@@ -38,8 +38,12 @@ pub(crate) fn run(command: &mut Command) -> Result<()> {
 
 /// Runs to the end and returns its standard output; on failure the last line of its standard error is the message.
 pub(crate) fn output(command: &mut Command) -> Result<String> {
+    output_of(command.stdin(Stdio::null()))
+}
+
+/// As [`output`], with the standard input that the command was given.
+pub(crate) fn output_of(command: &mut Command) -> Result<String> {
     let output = command
-        .stdin(Stdio::null())
         .output()
         .with_context(|| format!("cannot start {}", name(command)))?;
     if !output.status.success() {

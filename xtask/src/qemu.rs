@@ -3,15 +3,16 @@
 //! The watchdog owns the child: it is killed by its handle when the time is up, when it falls silent for too long, and
 //! when this program leaves the function for any other reason.
 
-use std::io::{BufRead as _, BufReader, Read};
+use std::io::{Read as _, Write as _};
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdout, Command, Stdio};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, bail};
 
+use crate::console::{Cutter, Piece};
 use crate::machine::Machine;
 use crate::process;
 use crate::uart::{self, Line, Transcript};
@@ -52,6 +53,8 @@ pub(crate) struct Qemu {
 pub(crate) struct Launch<'a> {
     pub(crate) machine: &'a Machine,
     pub(crate) image: &'a Path,
+    /// The initial RAM disk: kernel and RAM disk of a guest.
+    pub(crate) bundle: Option<&'a Path>,
     /// Boot arguments, `key=value` separated by spaces.
     pub(crate) append: &'a str,
     /// The run is killed after this time.
@@ -101,6 +104,16 @@ impl Qemu {
         launch: &Launch<'_>,
         hear: &mut dyn FnMut(&Line),
     ) -> Result<Transcript> {
+        self.run_with(launch, None, hear)
+    }
+
+    /// As [`Qemu::run`], with a keyboard. The run ends when the keyboard's sender is dropped.
+    pub(crate) fn run_with(
+        &self,
+        launch: &Launch<'_>,
+        keyboard: Option<Receiver<Vec<u8>>>,
+        hear: &mut dyn FnMut(&Line),
+    ) -> Result<Transcript> {
         let mut command = Command::new(&self.program);
         command.args(launch.machine.arguments());
         command.args([
@@ -118,15 +131,22 @@ impl Qemu {
             .arg(launch.image)
             .arg("-append")
             .arg(launch.append);
+        if let Some(bundle) = launch.bundle {
+            command.arg("-initrd").arg(bundle);
+        }
         if launch.gdb {
             command.args(["-S", "-gdb", "tcp::1234"]);
         }
+        let input = match keyboard {
+            Some(_) => Stdio::piped(),
+            None => Stdio::null(),
+        };
         command
-            .stdin(Stdio::null())
+            .stdin(input)
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
         let mut running = Running::start(&mut command)?;
-        let console = running.console()?;
+        let console = running.console(keyboard)?;
         let errors = running.errors()?;
         let heard = follow(&console, launch, hear);
         let ended = match heard {
@@ -149,7 +169,7 @@ impl Qemu {
 
 /// Reads the console until it closes or a limit is reached.
 fn follow(
-    console: &Receiver<String>,
+    console: &Receiver<Heard>,
     launch: &Launch<'_>,
     hear: &mut dyn FnMut(&Line),
 ) -> Result<Transcript> {
@@ -158,12 +178,16 @@ fn follow(
     loop {
         let left = end.saturating_duration_since(Instant::now());
         match console.recv_timeout(left.min(launch.silence)) {
-            Ok(text) => {
-                let line = uart::parse(&text);
+            Ok(Heard::Piece(piece)) => {
+                let line = match piece {
+                    Piece::Line(text) => uart::parse(&text),
+                    Piece::Guest(bytes) => Line::Guest(bytes),
+                };
                 hear(&line);
                 transcript.add(line);
             }
-            Err(RecvTimeoutError::Disconnected) => return Ok(transcript),
+            Ok(Heard::Left) => bail!("left by Ctrl-]"),
+            Ok(Heard::End) | Err(RecvTimeoutError::Disconnected) => return Ok(transcript),
             Err(RecvTimeoutError::Timeout) if left <= launch.silence => {
                 bail!(
                     "no end after {} s; last: {}",
@@ -182,6 +206,15 @@ fn follow(
     }
 }
 
+/// What the threads at the console's ends tell.
+enum Heard {
+    Piece(Piece),
+    /// The console is closed.
+    End,
+    /// Nobody types any more, and wants the run to end.
+    Left,
+}
+
 /// A child that does not outlive its owner.
 struct Running(Child);
 
@@ -194,11 +227,15 @@ impl Running {
         Ok(Self(child))
     }
 
-    /// Lines of standard output, read by a thread that ends with the pipe.
-    fn console(&mut self) -> Result<Receiver<String>> {
+    /// Pieces of standard output, read by a thread that ends with the pipe; another writes what is typed.
+    fn console(&mut self, keyboard: Option<Receiver<Vec<u8>>>) -> Result<Receiver<Heard>> {
         let pipe = self.0.stdout.take().context("QEMU has no console")?;
         let (sender, receiver) = mpsc::channel();
-        thread::spawn(move || read_lines(pipe, &sender));
+        if let (Some(keyboard), Some(pipe)) = (keyboard, self.0.stdin.take()) {
+            let sender = sender.clone();
+            thread::spawn(move || write_keys(pipe, &keyboard, &sender));
+        }
+        thread::spawn(move || read_pieces(pipe, &sender));
         Ok(receiver)
     }
 
@@ -241,19 +278,25 @@ impl Drop for Running {
     }
 }
 
-fn read_lines(pipe: ChildStdout, sender: &mpsc::Sender<String>) {
-    let mut reader = BufReader::new(pipe);
-    let mut bytes = Vec::new();
-    while reader
-        .read_until(b'\n', &mut bytes)
-        .is_ok_and(|count| count > 0)
-    {
-        let line = String::from_utf8_lossy(&bytes).trim_end().to_owned();
-        if sender.send(line).is_err() {
+fn read_pieces(mut pipe: ChildStdout, sender: &mpsc::Sender<Heard>) {
+    let mut cutter = Cutter::default();
+    let mut bytes = [0; 4096];
+    let tell = |piece| sender.send(Heard::Piece(piece)).unwrap_or_default();
+    while let Ok(count @ 1..) = pipe.read(&mut bytes) {
+        cutter.cut(bytes.get(..count).unwrap_or_default(), tell);
+    }
+    cutter.rest().into_iter().for_each(tell);
+    // Whoever listened is gone if this fails.
+    sender.send(Heard::End).unwrap_or_default();
+}
+
+fn write_keys(mut pipe: ChildStdin, keyboard: &Receiver<Vec<u8>>, sender: &mpsc::Sender<Heard>) {
+    for bytes in keyboard {
+        if pipe.write_all(&bytes).and_then(|()| pipe.flush()).is_err() {
             return;
         }
-        bytes.clear();
     }
+    sender.send(Heard::Left).unwrap_or_default();
 }
 
 #[cfg(test)]
@@ -298,6 +341,7 @@ mod tests {
         let launch = Launch {
             machine: &machine,
             image: Path::new("image"),
+            bundle: None,
             append: "",
             limit: Duration::from_millis(800),
             silence: Duration::from_millis(400),

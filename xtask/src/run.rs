@@ -1,5 +1,8 @@
 //! `cargo xtask run`: build the image, boot it, show its console; the status is the run's.
+//!
+//! With `--guest linux` the console is the guest's: what it writes is shown as it comes, and what is typed goes to it.
 
+use std::io::Write as _;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -7,7 +10,9 @@ use std::time::Duration;
 use anyhow::{Result, bail};
 
 use crate::board::Board;
+use crate::console::Keyboard;
 use crate::image::{self, Profile};
+use crate::linux::{self, Series};
 use crate::machine::{Machine, Timing};
 use crate::qemu::Launch;
 use crate::setup;
@@ -20,15 +25,30 @@ pub(crate) struct Args {
     machine: MachineArgs,
     #[command(flatten)]
     qemu: setup::Choice,
-    /// Boot arguments, `key=value` separated by spaces
-    #[arg(long, default_value = "suite=selftest", value_name = "TEXT")]
-    append: String,
+    /// Run this guest, linux, interactively: Debian's unmodified kernel with a busybox; Ctrl-] leaves it
+    #[arg(long, value_name = "NAME", value_parser = ["linux"])]
+    guest: Option<String>,
+    /// vCPUs of the guest; the machine gets one CPU more
+    #[arg(long, value_name = "N", default_value_t = 1, requires = "guest")]
+    vcpus: u32,
+    /// Series of the guest's kernel: 6.1 or 6.12
+    #[arg(
+        long,
+        value_name = "SERIES",
+        default_value = "6.12",
+        requires = "guest"
+    )]
+    kernel: Series,
+    /// Boot arguments, `key=value` separated by spaces; with a guest, what it is told stands behind ` -- `
+    /// [default: suite=selftest, or what the guest needs]
+    #[arg(long, value_name = "TEXT")]
+    append: Option<String>,
     /// insn: virtual nanoseconds are instructions; wall: CPUs run at the same time
     #[arg(long, default_value = "wall")]
     timing: Timing,
-    /// Kill the run after this many seconds
-    #[arg(long, default_value_t = 60, value_name = "N")]
-    seconds: u64,
+    /// Kill the run after this many seconds [default: 60; never with a guest]
+    #[arg(long, value_name = "N")]
+    seconds: Option<u64>,
     /// Build with debug assertions
     #[arg(long)]
     debug: bool,
@@ -74,10 +94,38 @@ impl MachineArgs {
     }
 }
 
+/// Seconds after which a run is killed unless said otherwise.
+const PATIENCE: u64 = 60;
+/// As good as never.
+const FOR_EVER: u64 = 1 << 32;
+/// RAM of a machine with a guest, unless said otherwise; the guest gets half.
+const MEMORY_MIB: u64 = 1024;
+
+impl Args {
+    /// The boot arguments; those of a guest's run may be added to.
+    fn boot_arguments(&self, machine: &Machine) -> String {
+        let more = self.append.as_deref();
+        match self.guest {
+            None => more.unwrap_or("suite=selftest").to_owned(),
+            Some(_) => format!(
+                "suite=linux console=raw vcpus={} guest-mib={} {}",
+                self.vcpus,
+                machine.memory_mib / 2,
+                more.unwrap_or_default()
+            ),
+        }
+    }
+}
+
 /// Boots once.
 pub(crate) fn main(args: &Args) -> Result<ExitCode> {
     let board = Board::qemu_virt()?;
-    let mut machine = args.machine.apply(&board);
+    let mut wanted = args.machine.clone();
+    if args.guest.is_some() {
+        wanted.cpus = wanted.cpus.or(Some(args.vcpus.saturating_add(1)));
+        wanted.memory = wanted.memory.or(Some(MEMORY_MIB));
+    }
+    let mut machine = wanted.apply(&board);
     board.accept(&machine)?;
     machine.timing = args.timing;
     machine.virtualization = !args.no_el2;
@@ -90,20 +138,35 @@ pub(crate) fn main(args: &Args) -> Result<ExitCode> {
             image.symbols.display()
         );
     }
-    let patience = if args.gdb {
-        Duration::from_secs(24 * 3600)
-    } else {
-        Duration::from_secs(args.seconds)
+    let unless_said = match args.guest {
+        Some(_) => FOR_EVER,
+        None if args.gdb => FOR_EVER,
+        None => PATIENCE,
     };
+    let patience = Duration::from_secs(args.seconds.unwrap_or(unless_said));
+    let bundle = match args.guest {
+        Some(_) => Some(linux::bundle(args.kernel)?),
+        None => None,
+    };
+    let append = args.boot_arguments(&machine);
     let launch = Launch {
         machine: &machine,
         image: &image.flat,
-        append: &args.append,
+        bundle: bundle.as_deref(),
+        append: &append,
         limit: patience,
         silence: patience,
         gdb: args.gdb,
     };
-    let transcript = qemu.run(&launch, &mut show)?;
+    let transcript = match args.guest {
+        Some(_) => {
+            let (keyboard, keys) = Keyboard::open()?;
+            let transcript = qemu.run_with(&launch, Some(keys), &mut show);
+            drop(keyboard);
+            transcript?
+        }
+        None => qemu.run(&launch, &mut show)?,
+    };
     if let Some(error) = transcript.errors.first() {
         eprintln!("error: {error}");
     }
@@ -120,6 +183,11 @@ pub(crate) fn main(args: &Args) -> Result<ExitCode> {
 fn show(line: &Line) {
     match line {
         Line::Text(text) | Line::Garbled(text) => println!("{text}"),
+        Line::Guest(bytes) => {
+            let mut out = std::io::stdout().lock();
+            // Nobody reads any more if this fails; the run goes on to its end.
+            drop(out.write_all(bytes).and_then(|()| out.flush()));
+        }
         Line::Record(Record::Progress { done, of, text }) => println!("[{done}/{of}] {text}"),
         Line::Record(Record::Row(row)) => println!(
             "{} {} {}",

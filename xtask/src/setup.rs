@@ -2,7 +2,7 @@
 //!
 //! The toolchain itself is rustup's business: `rust-toolchain.toml` pins it and the first `cargo` fetches it.
 
-mod apt;
+pub(crate) mod apt;
 mod private_qemu;
 
 use std::path::{Path, PathBuf};

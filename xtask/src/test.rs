@@ -10,6 +10,7 @@ mod emulated;
 mod epochs;
 mod exits;
 mod host;
+mod linux;
 mod scheduling;
 mod soak;
 mod splitting;
@@ -55,6 +56,10 @@ impl Tally {
         self.failed += other.failed;
         self.skipped += other.skipped;
         self.failures.extend(other.failures);
+    }
+
+    fn skip(&mut self) {
+        self.skipped += 1;
     }
 
     fn fail(&mut self, what: String) {

@@ -47,6 +47,8 @@ pub(crate) enum Line {
     Record(Record),
     /// It starts like a record and is none: two writers were mixed, or a format is wrong.
     Garbled(String),
+    /// Not a line at all: what a guest wrote to a console of its own.
+    Guest(Vec<u8>),
 }
 
 /// Reads one line.
@@ -69,6 +71,8 @@ pub(crate) struct Transcript {
     pub(crate) errors: Vec<String>,
     pub(crate) garbled: Vec<String>,
     pub(crate) text: Vec<String>,
+    /// What a guest wrote to a console of its own.
+    pub(crate) guest: Vec<u8>,
     pub(crate) status: Option<u8>,
 }
 
@@ -78,6 +82,7 @@ impl Transcript {
         match line {
             Line::Text(text) => self.text.push(text),
             Line::Garbled(text) => self.garbled.push(text),
+            Line::Guest(bytes) => self.guest.extend(bytes),
             Line::Record(Record::Machine { facts }) => self.machine = facts,
             Line::Record(Record::Progress { .. }) => {}
             Line::Record(Record::Row(row)) => self.rows.push(row),

@@ -40,6 +40,27 @@ pub fn dc_civac_range(start: Pa, bytes: u64) {
     unsafe { asm!("dsb sy", options(nostack, preserves_flags)) };
 }
 
+/// Shows a guest what EL2 wrote to `bytes` bytes from `start`, even while its caches are off.
+pub fn show_to_guest(start: Pa, bytes: u64) {
+    if !COHERENT_GUESTS.load(Ordering::Relaxed) {
+        dc_civac_range(start, bytes);
+    }
+}
+
+/// `IC IALLUIS`, complete: no CPU executes what memory held before.
+pub fn ic_ialluis() {
+    // SAFETY: instruction caches are fetched again; barriers change no state that Rust can see.
+    unsafe {
+        asm!(
+            "dsb ish",
+            "ic ialluis",
+            "dsb ish",
+            "isb",
+            options(nostack, preserves_flags)
+        )
+    };
+}
+
 /// Fills the page at `page` with zeros that a guest sees with its caches off, too.
 ///
 /// # Safety

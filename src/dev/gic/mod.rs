@@ -17,6 +17,8 @@ pub const KICK: u32 = 0;
 
 /// Number of private interrupts.
 const PRIVATE: u32 = 32;
+/// The first INTID that no shared interrupt has.
+const END_OF_SHARED: u32 = 1020;
 /// Priority of all interrupts, in the half that a non-secure world may use.
 const PRIORITY: u32 = 0x80;
 
@@ -194,6 +196,16 @@ impl Gic {
         }
     }
 
+    /// Sends the shared interrupt `intid`, which is a level, to the CPU at position `cpu` from here on. On the boot CPU only.
+    pub fn route(&self, intid: u32, cpu: usize) {
+        if (PRIVATE..END_OF_SHARED).contains(&intid) {
+            match self {
+                Self::V2(gic) => gic.route(intid, cpu),
+                Self::V3(gic) => gic.route(intid, cpu),
+            }
+        }
+    }
+
     /// Enables or disables the private interrupt `intid` of this CPU, which is at position `cpu`.
     pub fn set_enabled(&self, cpu: usize, intid: u32, enabled: bool) {
         match self {
@@ -211,8 +223,24 @@ fn bits(intids: &[u32]) -> u32 {
         .fold(0, |bits, &it| bits | 1 << it)
 }
 
+/// Where the register of one bit for `intid` is among those from `first` on, and the bit.
+fn bit_at(first: usize, intid: u32) -> (usize, u32) {
+    (first + 4 * (intid / 32) as usize, 1 << (intid % 32))
+}
+
 /// The four priorities of one priority register.
 const PRIORITIES: u32 = PRIORITY * 0x0101_0101;
 
 /// The SGIs, one bit each.
 const ALL_SGIS: u32 = 0xffff;
+
+#[cfg(test)]
+mod tests {
+    use super::bit_at;
+
+    #[test]
+    fn each_interrupt_has_its_bit() {
+        assert_eq!(bit_at(0x100, 33), (0x104, 2));
+        assert_eq!(bit_at(0x100, 1019), (0x17c, 1 << 27));
+    }
+}

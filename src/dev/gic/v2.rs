@@ -8,7 +8,7 @@ use core::sync::atomic::{AtomicU32, Ordering};
 
 use spin::Once;
 
-use super::{ALL_SGIS, PRIORITIES, PRIVATE, bits};
+use super::{ALL_SGIS, PRIORITIES, PRIVATE, bit_at, bits};
 use crate::addr::Pa;
 use crate::arch;
 use crate::dev::machine::MOST_CPUS_GICV2;
@@ -179,6 +179,18 @@ impl Gic {
             },
             bits(&[intid]),
         );
+    }
+
+    pub(super) fn route(&self, intid: u32, cpu: usize) {
+        let Some(target) = self.targets.get().and_then(|it| it.get(cpu)) else {
+            return;
+        };
+        let shift = 8 * (intid % 4);
+        let targets = GICD_ITARGETSR + (intid & !3) as usize;
+        let others = self.distributor.read(targets) & !(0xff << shift);
+        self.distributor.write(targets, others | target << shift);
+        let (register, bit) = bit_at(GICD_ISENABLER, intid);
+        self.distributor.write(register, bit);
     }
 
     /// GICH of the CPU that asks.

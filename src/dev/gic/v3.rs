@@ -13,7 +13,7 @@ use arm_gic::gicv3::registers::{Gicd, GicdCtlr, GicrSgi};
 use arm_gic::gicv3::{GicDistributor, GicRedistributor};
 use spin::Once;
 
-use super::{ALL_SGIS, Error, bits};
+use super::{ALL_SGIS, Error, bit_at, bits};
 use crate::addr::{Pa, to_usize};
 use crate::arch;
 use crate::dev::mmio::Registers;
@@ -29,6 +29,12 @@ const GICR_ICPENDR0: usize = 0x1_0280;
 const GICR_ISACTIVER0: usize = 0x1_0300;
 const GICR_ICACTIVER0: usize = 0x1_0380;
 
+/// Registers of the distributor.
+const GICD_ISENABLER: usize = 0x0100;
+const GICD_IROUTER: usize = 0x6000;
+/// GICD_IROUTER: affinities, without the bit that means any CPU.
+const AFFINITIES: u64 = 0xff_00ff_ffff;
+
 #[derive(Clone, Copy, Debug)]
 struct Cpu {
     affinity: u64,
@@ -38,6 +44,7 @@ struct Cpu {
 /// A GICv3.
 #[derive(Debug)]
 pub struct Gic {
+    distributor: Registers,
     /// The CPUs that were found.
     found: Vec<Cpu>,
     /// Those that came up, by number.
@@ -77,7 +84,10 @@ impl Gic {
         gicd.modify_control(GicdCtlr::EnableGrp0 | GicdCtlr::EnableGrp1NS, false);
         gicd.enable_all_interrupts(false);
         gicd.configure_default_settings();
+        // SAFETY: the caller vouches for the device; `arm-gic`'s driver of it ends here.
+        let distributor = unsafe { Registers::new(distributor) };
         Ok(Self {
+            distributor,
             found,
             cpus: Once::new(),
         })
@@ -153,6 +163,20 @@ impl Gic {
             },
             intid,
         );
+    }
+
+    pub(super) fn route(&self, intid: u32, cpu: usize) {
+        let Some(cpu) = self.cpu(cpu) else {
+            return;
+        };
+        let [a, b, c, d, e, f, g, h] = (cpu.affinity & AFFINITIES).to_le_bytes();
+        let router = GICD_IROUTER + 8 * intid as usize;
+        self.distributor
+            .write(router, u32::from_le_bytes([a, b, c, d]));
+        self.distributor
+            .write(router + 4, u32::from_le_bytes([e, f, g, h]));
+        let (register, bit) = bit_at(GICD_ISENABLER, intid);
+        self.distributor.write(register, bit);
     }
 
     fn write(&self, cpu: usize, register: usize, intid: u32) {

@@ -2,6 +2,7 @@
 
 use super::checks::{self, Verdict};
 use crate::board::Board;
+use crate::linux::Series;
 use crate::machine::{Machine, Timing};
 use crate::uart::Transcript;
 
@@ -24,6 +25,10 @@ pub(super) struct Case {
 pub(super) struct Boot {
     pub(super) machine: Machine,
     pub(super) append: String,
+    /// The kernel that the hypervisor is given.
+    pub(super) linux: Option<Series>,
+    /// What is typed, each as soon as the guest has written what stands before it.
+    pub(super) typed: &'static [(&'static str, &'static str)],
     /// With a device tree in which no interrupt controller is known.
     pub(super) without_gic: bool,
 }
@@ -72,6 +77,7 @@ pub(super) fn all(board: &Board, soak: bool) -> Vec<Case> {
         table.splitting(),
         table.epochs(),
         table.aging(),
+        table.linux(),
         table.exits(),
         table.scheduling(),
         table.refusals(),
@@ -112,6 +118,8 @@ impl Table<'_> {
         let boot = Boot {
             machine,
             append: append.into(),
+            linux: None,
+            typed: &[],
             without_gic: false,
         };
         Case {
@@ -322,6 +330,8 @@ impl Table<'_> {
                 (machine.memory_mib, machine.timing) = (slot_mib + slot_mib / 4 + 512, Timing::Insn)
             }),
             append: format!("suite=get timing=insn vcpus=1 slot-mib={slot_mib}"),
+            linux: None,
+            typed: &[],
             without_gic: false,
         };
         let mut scaling = self.case(
