@@ -163,7 +163,8 @@ impl Power {
 #[cfg(test)]
 mod tests {
     use super::{
-        AFFINITY_OFF, AFFINITY_ON, AFFINITY_PENDING, Call, Power, Refusal, decode, features,
+        AFFINITY_OFF, AFFINITY_ON, AFFINITY_PENDING, Call, Power, Refusal, WARM_RESET, decode,
+        features,
     };
 
     #[test]
@@ -198,6 +199,19 @@ mod tests {
         // 64-bit forms exist only where the specification has them.
         assert_eq!(decode(0xc400_0002, [0; 3]), None);
         assert_eq!(decode(0xc400_0008, [0; 3]), None);
+    }
+
+    #[test]
+    fn a_reset_tells_its_kind_in_both_conventions() {
+        let arguments = [0x1_8000_0001, 0, 0];
+        let kind = |function| match decode(function, arguments) {
+            Some(Call::SystemReset2 { kind }) => kind,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(kind(0x8400_0012), 0x8000_0001);
+        assert_eq!(kind(0xc400_0012), 0x1_8000_0001);
+        assert_ne!(kind(0xc400_0012), WARM_RESET);
+        assert_eq!(decode(0x8400_0009, arguments), Some(Call::SystemReset));
     }
 
     #[test]

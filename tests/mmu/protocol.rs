@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::rc::Rc;
 
-use vellum::addr::Ipa;
+use vellum::addr::{Ipa, PAGE_BYTES};
 use vellum::arch::fake::{self, Event, Outcome};
 use vellum::mmu::{Access, Level, Locking};
 use vellum::sync::quiescence::CpuId;
@@ -412,4 +412,31 @@ fn good_clear_waits_for_a_slot_that_is_being_split() {
     rig.write(1, page(3));
     fake::observe(None);
     assert_eq!(waited.get(), Some(true));
+}
+
+/// A guest with its caches off reads past them: what it was given has to be in memory, all of it (rule 16 of the world switch).
+#[test]
+fn good_what_is_copied_to_a_guest_is_shown_to_it() {
+    in_each_mode(|rig| {
+        let vm = rig.running_vm(1, Level::L3);
+        rig.machine.take_log();
+        let at = Ipa::new(page(3).raw() + 0xff8);
+        let cpu = CpuId(0);
+        rig.machine
+            .on(0, || vm.stage2.copy_to_guest(cpu, at, &[7; 24]))
+            .unwrap();
+        let shown: Vec<(u64, u64)> = rig
+            .machine
+            .take_log()
+            .into_iter()
+            .filter_map(|event| match event {
+                Event::ShowToGuest(start, bytes) => Some((start.raw() % PAGE_BYTES, bytes)),
+                _ => None,
+            })
+            .collect();
+        assert_eq!(shown, [(0xff8, 8), (0, 16)]);
+        vm.written_by_us(page(3));
+        vm.written_by_us(page(4));
+        drop(vm);
+    });
 }

@@ -44,6 +44,12 @@ pub fn swap(word: &AtomicU64, new: u64) -> u64 {
     word.swap(new, Ordering::AcqRel)
 }
 
+/// Shows a guest what EL2 wrote to `bytes` bytes from `start`, even while its caches are off: the host is coherent, and the
+/// machine takes note.
+pub fn show_to_guest(start: Pa, bytes: u64) {
+    execute(Event::ShowToGuest(start, bytes), |_| ());
+}
+
 /// `DSB ISHST`: orders this CPU's earlier stores before its later invalidations, for all CPUs' walkers.
 pub fn dsb_ishst() {
     execute(Event::DsbIshst, |state| state.dsb(true, false));

@@ -121,6 +121,8 @@ pub enum Event {
     TlbiVaae1(crate::addr::Va),
     /// `TLBI ALLE1IS`.
     TlbiAlle1is,
+    /// EL2 showed a guest what it wrote: from where, and how many bytes.
+    ShowToGuest(Pa, u64),
     /// A CPU polls for another.
     Yield,
     /// VTTBR_EL2 was loaded.
