@@ -57,7 +57,10 @@ pub fn main(host: &'static Host, arguments: &str, images: Images<'_>) -> Result<
     let enough = host.cpus().saturating_sub(1);
     if let Some(most) = params.vcpus.iter().max()
         && *most > enough
-        && !matches!(params.suite, Suite::None | Suite::Share | Suite::Lives)
+        && !matches!(
+            params.suite,
+            Suite::None | Suite::Selftest | Suite::Share | Suite::Lives
+        )
     {
         return Err(alloc::format!(
             "{most} vCPUs need {} CPUs, one of them for the controller; this machine has {}",

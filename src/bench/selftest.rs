@@ -26,6 +26,12 @@ pub(super) fn run(stage: &Stage<'_>) -> Result<bool, Refusal> {
                 &scene,
                 scene.perform(|_| command(op::TIMER_TEST, 0))?,
             );
+            good &= judge(
+                stage,
+                "physical_timer",
+                &scene,
+                scene.perform(|_| command(op::TIMER_TEST, 1))?,
+            );
             good &= judge(stage, "ipi", &scene, scene.perform(ipi)?);
             // Hostility meets memory that is being logged, too.
             let enabled = scene.stage2().enable_logging(cpu(), scene.data, false);

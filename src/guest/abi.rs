@@ -26,7 +26,7 @@ pub mod op {
     pub const FREE_RUN: u64 = 3;
     /// Print the time of the last pass over the UART: x1 nanoseconds.
     pub const REPORT: u64 = 4;
-    /// Timer and WFI self-test. Results: checks made, bit mask of those that failed.
+    /// Timer and WFI self-test, of the virtual timer or, if x1 is not zero, the physical one. Results: checks made, bit mask of those that failed.
     pub const TIMER_TEST: u64 = 5;
     /// vCPU 0: send x1 rounds of IPIs to each other vCPU and wait for its answer. Results as above.
     pub const IPI_SEND: u64 = 6;

@@ -6,6 +6,7 @@ use crate::trace::Event;
 use crate::trace::ring::Mark;
 use crate::vm::inject::Exception;
 use crate::vm::psci::{self, Call, Power, Refusal};
+use crate::vm::ptimer;
 use crate::vm::resident::Resident;
 use crate::vm::smccc::{self, Hypercall};
 use crate::vm::sysreg::{self, Answer, Given};
@@ -152,10 +153,23 @@ impl Resident<'_> {
             Answer::Undefined => return self.inject(Exception::Undefined),
             Answer::SendGroup1 => self.send_sgi_v3(self.frame.read(access.general), true),
             Answer::SendGroup0 => self.send_sgi_v3(self.frame.read(access.general), false),
+            Answer::PhysicalTimer(register) => self.physical_timer(register, access),
             Answer::Value(value) if !access.write => self.frame.write(access.general, value),
             Answer::Value(_) => {}
         }
         self.skip_instruction();
+    }
+
+    fn physical_timer(&mut self, register: ptimer::Register, access: SystemRegisterAccess) {
+        let now = arch::counter();
+        if access.write {
+            let value = self.frame.read(access.general);
+            self.timer.write(register, value, now);
+            self.settle_physical_timer();
+        } else {
+            self.frame
+                .write(access.general, self.timer.read(register, now));
+        }
     }
 
     /// The slot forbids the access: on a machine, a read-only or missing device would answer with an error.

@@ -10,7 +10,7 @@
 //! | `short`, `quick`, `exits`, `mmio` | what exits do, from the shortest path to emulated devices |
 //! | `deliver` | interrupts on their way to a vCPU and into its list registers |
 //! | [`trap`], [`inject`], [`sysreg`], [`psci`], [`smccc`] | decoding and deciding, pure |
-//! | [`vgic`], [`vtimer`], [`vuart`] | the devices |
+//! | [`vgic`], [`vtimer`], [`ptimer`], [`vuart`] | the devices |
 //! | [`loader`] | what a kernel finds in memory when it begins |
 //! | [`host`], [`run`], [`sched`] | what VMs stand on, the life of a CPU, and who runs next on it |
 #![cfg_attr(
@@ -32,6 +32,7 @@ pub mod inject;
 pub mod loader;
 mod mmio;
 pub mod psci;
+pub mod ptimer;
 mod quick;
 mod resident;
 pub mod run;

@@ -19,6 +19,7 @@ use crate::trace::Event;
 use crate::trace::ring::Mark;
 use crate::vm::host::Host;
 use crate::vm::inject::{self, Exception};
+use crate::vm::ptimer::{self, PhysicalTimer};
 use crate::vm::run::{self, Held};
 use crate::vm::sched::End;
 use crate::vm::trap::{self, Abort, INSTRUCTION_BYTES};
@@ -43,6 +44,8 @@ pub(crate) struct Resident<'a> {
     pub(crate) awaiting: bool,
     /// The guest waits for an interrupt, in a WFI that trapped or in CPU_SUSPEND.
     pub(crate) asleep: Option<Sleep>,
+    /// The guest's physical timer; its line is as it was when the timer was last settled.
+    pub(crate) timer: PhysicalTimer,
     /// Something pending was listed when the lists were last brought up to date.
     pub(crate) deliverable: bool,
     /// Whether the vCPU is to make way has to be looked at: the CPU was interrupted, or the guest waits.
@@ -66,6 +69,7 @@ pub(crate) struct Sleep {
 /// Holds `vcpu` until it is to leave this CPU.
 pub(crate) fn hold(host: &'static Host, vm: &Vm, vcpu: &Vcpu) -> Held {
     let mut resident = Resident::load(host, vm, vcpu);
+    resident.settle_physical_timer();
     resident.run();
     resident.put()
 }
@@ -100,6 +104,7 @@ impl<'a> Resident<'a> {
             interface: Interface::load(Access::of(host.gic), &parked.interface),
             awaiting: parked.awaiting,
             asleep: parked.asleep,
+            timer: parked.timer,
             deliverable: false,
             reconsider: true,
             slice_end: arch::counter().saturating_add(run::slice_ticks()),
@@ -116,6 +121,7 @@ impl<'a> Resident<'a> {
         self.parked.frame = self.frame.clone();
         self.parked.awaiting = self.awaiting;
         self.parked.asleep = self.asleep;
+        self.parked.timer = self.timer;
         // SAFETY: the CPU holds this vCPU; the idle root translates nothing.
         unsafe { arch::put(&mut self.parked.el1, self.host.services.idle_vttbr) };
         self.vm.stage2.unload(self.cpu);
@@ -134,9 +140,13 @@ impl<'a> Resident<'a> {
         if self.is_ready() {
             return End::Ready;
         }
+        let private = self.vcpu.private.lock();
         let times = [
             self.asleep.and_then(|sleep| sleep.until),
-            vtimer::wakes_at(&self.vcpu.private.lock()),
+            vtimer::wakes_at(&private),
+            self.timer
+                .changes_at()
+                .filter(|_| private.is_enabled(ptimer::INTID)),
         ];
         End::Asleep(times.into_iter().flatten().min())
     }
@@ -184,10 +194,11 @@ impl<'a> Resident<'a> {
         }
         let shared = run::is_shared(self.cpu.0);
         arch::trap_waits(shared);
-        if !shared && self.asleep.is_none() {
+        let now = arch::counter();
+        let timer = self.timer.changes_at();
+        if !shared && self.asleep.is_none() && timer.is_none() {
             return false;
         }
-        let now = arch::counter();
         let is_over = !ready || now >= self.slice_end;
         if shared && run::has_rival(self.cpu.0, is_over) {
             return true;
@@ -195,9 +206,21 @@ impl<'a> Resident<'a> {
         if is_over {
             self.slice_end = now.saturating_add(run::slice_ticks());
         }
-        let own = self.asleep.and_then(|sleep| sleep.until);
+        let until = self.asleep.and_then(|sleep| sleep.until);
+        let own = until.into_iter().chain(timer).min();
         run::set_alarm(self.cpu.0, own, self.slice_end);
         false
+    }
+
+    /// Makes the line of the guest's physical timer what the timer says, and has this CPU interrupted when that changes.
+    pub(crate) fn settle_physical_timer(&mut self) {
+        let asserted = self.timer.settle(arch::counter());
+        if self.vcpu.private.lock().set_line(ptimer::INTID, asserted) {
+            self.vcpu.attention.store(true, Ordering::Relaxed);
+        }
+        if let Some(tick) = self.timer.changes_at() {
+            run::set_alarm(self.cpu.0, Some(tick), self.slice_end);
+        }
     }
 
     /// Sleeps at EL2 until an interrupt comes, and takes it.
@@ -263,6 +286,8 @@ impl<'a> Resident<'a> {
     fn reset(&mut self, frame: Frame) {
         self.frame = frame;
         self.asleep = None;
+        self.timer = PhysicalTimer::default();
+        self.settle_physical_timer();
         let old = &self.parked.el1;
         *self.parked.el1 = El1::reset(old.vmpidr, old.cntvoff);
         // SAFETY: this CPU holds the vCPU, whose old state ends here.
@@ -351,6 +376,7 @@ impl<'a> Resident<'a> {
         if intid == interrupts.hypervisor_timer {
             // Its line would make it pending again; whoever looks for what it was set sets it anew.
             arch::set_hypervisor_timer(None);
+            self.settle_physical_timer();
         }
         gic.deactivate(irq);
     }

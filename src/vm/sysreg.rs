@@ -4,6 +4,7 @@
 //! Identification registers are built from lists of what is *kept*, so that a feature nobody thought of reads as absent.
 //! A feature is given completely or not at all. Field positions: DDI 0487 issue K.a, D24.2.
 
+use crate::vm::ptimer;
 use crate::vm::trap::{SystemRegister, SystemRegisterAccess};
 
 /// What a trapped access does.
@@ -15,6 +16,8 @@ pub enum Answer {
     SendGroup1,
     /// A write of ICC_SGI0R_EL1: SGIs in group 0.
     SendGroup0,
+    /// A register of the physical timer.
+    PhysicalTimer(ptimer::Register),
     /// The register does not exist for the guest.
     Undefined,
 }
@@ -56,6 +59,9 @@ pub fn answer(access: SystemRegisterAccess, given: Given, real: impl Fn(u8, u8) 
         // DC ISW, CSW, CISW and their tag variants. Caches are the machine's, shared with other guests; a guest's memory
         // is cleaned before it sees it, and coherent from then on.
         (1, 0, 7, 6 | 10 | 14, 2 | 4 | 6) => Answer::Value(0),
+        (3, 3, 14, 2, 0) => Answer::PhysicalTimer(ptimer::Register::Value),
+        (3, 3, 14, 2, 1) => Answer::PhysicalTimer(ptimer::Register::Control),
+        (3, 3, 14, 2, 2) => Answer::PhysicalTimer(ptimer::Register::Compare),
         (2, ..) => debug(access),
         _ => Answer::Undefined,
     }
@@ -306,9 +312,9 @@ mod tests {
 
     #[test]
     fn everything_else_is_undefined() {
-        // CNTP_CTL_EL0, PMCR_EL0, LORC_EL1, an implementation-defined register, a write to ID_AA64PFR0_EL1.
+        // CNTP_CTL_EL02, PMCR_EL0, LORC_EL1, an implementation-defined register, a write to ID_AA64PFR0_EL1.
         for (op0, op1, crn, crm, op2) in [
-            (3, 3, 14, 2, 1),
+            (3, 5, 14, 2, 1),
             (3, 3, 9, 12, 0),
             (3, 0, 10, 4, 3),
             (3, 1, 15, 2, 0),

@@ -12,6 +12,7 @@ use spin::Mutex;
 use crate::arch::context::{El1, Frame};
 use crate::vm::inject::{PSTATE_DAIF, PSTATE_EL1H};
 use crate::vm::psci::Power;
+use crate::vm::ptimer::PhysicalTimer;
 use crate::vm::resident::Sleep;
 use crate::vm::vgic::distributor::vmpidr;
 use crate::vm::vgic::interface::Saved;
@@ -70,6 +71,7 @@ pub(crate) struct Parked {
     pub(crate) awaiting: bool,
     /// It waits for an interrupt.
     pub(crate) asleep: Option<Sleep>,
+    pub(crate) timer: PhysicalTimer,
 }
 
 impl Parked {
@@ -80,6 +82,7 @@ impl Parked {
             interface: Saved::default(),
             awaiting: false,
             asleep: None,
+            timer: PhysicalTimer::default(),
         }
     }
 }

@@ -93,6 +93,8 @@ write_register!(
 write_register!(set_timer_control, "cntv_ctl_el0", "CNTV_CTL_EL0.");
 write_register!(set_timer_value, "cntv_tval_el0", "CNTV_TVAL_EL0.");
 write_register!(set_timer_compare, "cntv_cval_el0", "CNTV_CVAL_EL0.");
+write_register!(set_physical_timer_control, "cntp_ctl_el0", "CNTP_CTL_EL0.");
+write_register!(set_physical_timer_value, "cntp_tval_el0", "CNTP_TVAL_EL0.");
 write_register!(set_icc_sre, "s3_0_c12_c12_5", "ICC_SRE_EL1.");
 write_register!(set_icc_pmr, "s3_0_c4_c6_0", "ICC_PMR_EL1.");
 write_register!(set_icc_igrpen1, "s3_0_c12_c12_7", "ICC_IGRPEN1_EL1.");

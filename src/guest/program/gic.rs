@@ -19,10 +19,12 @@ const GICC_PMR: u64 = GICC + 0x4;
 const GICC_IAR: u64 = GICC + 0xc;
 const GICC_EOIR: u64 = GICC + 0x10;
 
-/// All SGIs and the virtual timer's PPI.
-const ENABLED: u64 = 0xffff | 1 << TIMER;
+/// All SGIs and the timers' PPIs.
+const ENABLED: u64 = 0xffff | 1 << TIMER | 1 << PHYSICAL_TIMER;
 /// INTID of the virtual timer.
 pub(super) const TIMER: u64 = 27;
+/// INTID of the physical timer.
+pub(super) const PHYSICAL_TIMER: u64 = 30;
 const INTID: u64 = 0x3ff;
 /// What acknowledging gives when nothing is pending; ending it has no effect.
 pub(super) const SPURIOUS: u64 = 1023;

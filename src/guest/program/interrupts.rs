@@ -29,6 +29,10 @@ extern "C" fn guest_irq() {
             hold(area);
             asm::set_timer_control(TIMER_MASKED);
         }
+        gic::PHYSICAL_TIMER => {
+            bump(&area.timer_ticks);
+            asm::set_physical_timer_control(TIMER_MASKED);
+        }
         IPI => {
             let number = area.ipi_number.load(Relaxed);
             area.ipi_seen.store(number, Relaxed);
@@ -91,22 +95,30 @@ fn ticks(area: &Area) -> u64 {
     area.timer_ticks.load(Relaxed)
 }
 
-/// The timer fires once each time it is set, not early, and wakes WFI; masked and disabled it does not fire.
-pub(super) fn timer_test() -> Done {
+/// The virtual or the physical timer fires once each time it is set, not early, and wakes WFI; masked and disabled it does not fire.
+pub(super) fn timer_test(physical: bool) -> Done {
+    let (set_value, set_control): (fn(u64), fn(u64)) = if physical {
+        (
+            asm::set_physical_timer_value,
+            asm::set_physical_timer_control,
+        )
+    } else {
+        (asm::set_timer_value, asm::set_timer_control)
+    };
     let area = this_area();
     let mut failed = 0;
     let period = asm::counter_hz() / 1000;
     for round in 0..8 {
         let before = ticks(area);
         let start = asm::counter();
-        asm::set_timer_value(period);
-        asm::set_timer_control(TIMER_ON);
+        set_value(period);
+        set_control(TIMER_ON);
         let mut sleeps = 0;
         while ticks(area) == before && sleeps < PATIENCE {
             asm::wait_for_interrupt();
             sleeps += 1;
         }
-        asm::set_timer_control(TIMER_OFF);
+        set_control(TIMER_OFF);
         asm::take_interrupts();
         let once = ticks(area) == before + 1;
         let not_early = asm::counter() - start >= period;
@@ -115,10 +127,10 @@ pub(super) fn timer_test() -> Done {
         }
     }
     let before = ticks(area);
-    asm::set_timer_value(0);
-    asm::set_timer_control(TIMER_MASKED);
+    set_value(0);
+    set_control(TIMER_MASKED);
     asm::take_interrupts();
-    asm::set_timer_control(TIMER_OFF);
+    set_control(TIMER_OFF);
     asm::take_interrupts();
     if ticks(area) != before {
         failed |= 1 << 8;

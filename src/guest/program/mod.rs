@@ -64,7 +64,7 @@ fn perform(op: u64, args: [u64; 5]) -> Done {
         op::ROUNDS => pass::rounds(first, second, third, fourth),
         op::REPORT => uart::report(this_area(), first),
         op::HELD_TICKS => interrupts::held_ticks(first),
-        op::TIMER_TEST => interrupts::timer_test(),
+        op::TIMER_TEST => interrupts::timer_test(first != 0),
         op::IPI_SEND => interrupts::ipi_send(first),
         op::IPI_SERVE => interrupts::ipi_serve(first),
         op::HOSTILE => hostile::run(first),

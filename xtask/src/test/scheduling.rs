@@ -1,7 +1,7 @@
 //! Cases about CPUs that several vCPUs share, vCPUs that move, and VMs that come and go.
 
 use super::cases::{Case, Expect, Table};
-use super::checks::{Verdict, each, same, value};
+use super::checks::{Verdict, each, guest_is_content, same, value};
 use crate::bench::Row;
 use crate::machine::Timing;
 use crate::uart::Transcript;
@@ -56,6 +56,16 @@ impl Table<'_> {
                 alone: true,
                 ..case
             });
+        }
+        for (model, gic) in [("max", 3), ("cortex-a72", 2)] {
+            let machine = self.machine(|machine| {
+                model.clone_into(&mut machine.cpu);
+                machine.gic = gic;
+                machine.cpus = 3;
+            });
+            let name = format!("five vCPUs on two CPUs find their machine, {model}, GICv{gic}");
+            let append = "suite=selftest vcpus=5 locking=rwlock";
+            cases.push(self.case(name, machine, append, Expect::Good(guest_is_content)));
         }
         let machine = self.machine(|machine| {
             "cortex-a72".clone_into(&mut machine.cpu);
