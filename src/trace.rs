@@ -63,6 +63,10 @@ pub enum Event {
     /// Writes by the fault path to a cache line that other CPUs' fault paths write too, other than the leaf's line and
     /// the bitmap word's (counted in debug builds).
     SharedLineWrites,
+    /// Writes of system registers, the instructions and the switch of a vCPU included (counted in debug builds).
+    RegisterWrites,
+    /// Reads and writes of list registers and of their control register (counted in debug builds).
+    ListAccesses,
 }
 
 /// Every event with the name it has in results, in the order of their numbers.
@@ -91,10 +95,12 @@ pub const EVENT_NAMES: [(Event, &str); EVENTS] = [
     (Event::TablesPrepared, "tables_prepared"),
     (Event::DescriptorsPrepared, "descriptors_prepared"),
     (Event::SharedLineWrites, "shared_line_writes"),
+    (Event::RegisterWrites, "register_writes"),
+    (Event::ListAccesses, "list_accesses"),
 ];
 
 /// Number of [`Event`]s.
-pub const EVENTS: usize = Event::SharedLineWrites as usize + 1;
+pub const EVENTS: usize = Event::ListAccesses as usize + 1;
 
 /// The counters of one CPU. Only that CPU adds to them.
 #[derive(Debug)]

@@ -295,6 +295,14 @@ mod tests {
     }
 
     #[test]
+    fn the_null_hypercall_writes_no_system_register() {
+        let vectors = include_str!("vectors.S");
+        let path = vectors.split("\nhypercall:\n").nth(1).unwrap();
+        let path = path.split("eret").next().unwrap();
+        assert!(path.contains("mrs") && !path.contains("msr"), "{path}");
+    }
+
+    #[test]
     fn verdicts_are_told_apart_by_their_bits() {
         let (save, load) = (1 << VERDICT_SAVE_BIT, 1 << VERDICT_LOAD_BIT);
         assert_eq!(Verdict::RESUME.code, 0);

@@ -4,7 +4,7 @@ use core::arch::asm;
 
 use aarch64_cpu::registers::{ICH_HCR_EL2, ICH_VMCR_EL2, ICH_VTR_EL2, Readable, Writeable};
 
-use super::{dsb_ish, isb};
+use super::{dsb_ish, isb, note_register_writes};
 
 macro_rules! indexed {
     ($index:ident, $($n:literal $name:literal)*; $instruction:ident) => {
@@ -52,6 +52,7 @@ pub fn ich_lr(n: usize) -> u64 {
 pub fn set_ich_lr(n: usize, value: u64) {
     macro_rules! write {
         ($name:literal) => {{
+            note_register_writes(1);
             // SAFETY: list registers only hold interrupts of the resident vCPU; the CPU implements this one.
             unsafe { asm!(concat!("msr ", $name, ", {}"), in(reg) value, options(nomem, nostack, preserves_flags)) };
         }};
@@ -69,6 +70,7 @@ pub fn ich_hcr() -> u64 {
 
 /// Sets ICH_HCR_EL2.
 pub fn set_ich_hcr(value: u64) {
+    note_register_writes(1);
     ICH_HCR_EL2.set(value);
 }
 
@@ -79,6 +81,7 @@ pub fn ich_vmcr() -> u64 {
 
 /// Sets ICH_VMCR_EL2.
 pub fn set_ich_vmcr(value: u64) {
+    note_register_writes(1);
     ICH_VMCR_EL2.set(value);
 }
 
@@ -108,6 +111,7 @@ pub fn set_ich_active_priorities(values: [u64; 8]) {
     {
         macro_rules! write {
             ($name:literal) => {{
+                note_register_writes(1);
                 // SAFETY: holds priorities of the resident vCPU's interrupts only; the CPU implements it.
                 unsafe { asm!(concat!("msr ", $name, ", {}"), in(reg) value, options(nomem, nostack, preserves_flags)) };
             }};

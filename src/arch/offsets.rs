@@ -7,3 +7,6 @@ pub const EMERGENCY_STACK_TOP: usize = 0;
 
 /// The counter of [`crate::trace::Event::Exits`] in `CpuBlock::counters`.
 pub const EXITS: usize = 128 + 8 * 18;
+
+/// As [`EXITS`], of [`crate::trace::Event::RegisterWrites`].
+pub const REGISTER_WRITES: usize = 128 + 8 * 24;

@@ -21,7 +21,7 @@ use super::context::{
     El1, Exit, FRAME_ESR, FRAME_HOST_STACK, FRAME_PC, Frame, KEPT, PSTATE_BTYPE, Simd,
     Stage2Geometry, VERDICT_LOAD_BIT, VERDICT_SAVE_BIT,
 };
-use super::{isb, offsets, set_vttbr, shield_stage1};
+use super::{isb, note_register_writes, offsets, set_vttbr, shield_stage1};
 
 /// ESR_EL2.EC is bits 31:26; ISS2 above it is not looked at by the short paths.
 const ESR_EC_SHIFT: u32 = 26;
@@ -81,6 +81,8 @@ pub fn vectors_address() -> u64 {
 /// The CPU holds the guest's state ([`load`]), and stage 2 confines it. `frame` is the first field of what the short paths
 /// (`guest_abort` and its likes) take their argument for, and nobody else uses it meanwhile.
 pub unsafe fn enter(frame: *mut Frame) -> Exit {
+    // ELR_EL2 and SPSR_EL2.
+    note_register_writes(2);
     // SAFETY: the caller vouches for frame and context; the assembly preserves what the C ABI preserves.
     Exit::from_code(unsafe { guest_enter(frame) })
 }
@@ -123,6 +125,7 @@ macro_rules! move_registers {
         /// SCTLR_EL1 and TCR_EL1 are the last two of the list, synchronized apart as erratum 1319367 wants.
         fn write_registers(el1: &El1) {
             $(
+                note_register_writes(1);
                 if matches!($name, "sctlr_el1" | "tcr_el1") {
                     isb();
                 }
@@ -142,6 +145,7 @@ for_each_el1_register!(move_registers);
 /// The CPU holds no vCPU. `vtcr` and `vttbr` describe a stage 2 that stays alive until [`put`] and that confines the
 /// guest to what it may reach.
 pub unsafe fn load(el1: &El1, vtcr: u64, vttbr: u64) {
+    note_register_writes(1);
     VTCR_EL2.set(vtcr);
     set_vttbr(vttbr);
     // SAFETY: as for this function.
@@ -154,6 +158,8 @@ pub unsafe fn load(el1: &El1, vtcr: u64, vttbr: u64) {
 ///
 /// The CPU holds the vCPU that `el1` belongs to.
 pub unsafe fn reload(el1: &El1) {
+    // CNTV_CTL_EL0 twice, VMPIDR_EL2, CNTVOFF_EL2.
+    note_register_writes(4);
     CNTV_CTL_EL0.set(0);
     shield_stage1();
     // SAFETY: the register only supplies a value to the guest.
@@ -325,9 +331,11 @@ pub fn hpfar_el2() -> u64 {
 #[inline]
 pub fn skip_trapped_instruction() {
     const BYTES: u64 = 4;
+    note_register_writes(1);
     ELR_EL2.set(ELR_EL2.get().wrapping_add(BYTES));
     let pstate = SPSR_EL2.get();
     if pstate & PSTATE_BTYPE != 0 {
+        note_register_writes(1);
         SPSR_EL2.set(pstate & !PSTATE_BTYPE);
     }
 }
@@ -344,6 +352,7 @@ pub fn vbar_el1() -> u64 {
 
 /// Tells the resident vCPU of an exception as hardware would: ELR_EL1, SPSR_EL1, ESR_EL1 and, where given, FAR_EL1.
 pub fn set_exception_el1(pc: u64, pstate: u64, esr: u64, far: Option<u64>) {
+    note_register_writes(3);
     aarch64_cpu::registers::ELR_EL1.set(pc);
     aarch64_cpu::registers::SPSR_EL1.set(pstate);
     aarch64_cpu::registers::ESR_EL1.set(esr);
@@ -371,6 +380,7 @@ pub fn virtual_timer_deadline() -> Option<u64> {
 
 /// CNTHP: has the EL2 timer of this CPU assert its interrupt from tick `deadline` of the physical counter on, or never.
 pub fn set_hypervisor_timer(deadline: Option<u64>) {
+    note_register_writes(2);
     match deadline {
         Some(deadline) => {
             // SAFETY: the register only says when; the CPU's own interrupt follows.
@@ -387,6 +397,7 @@ pub fn set_hypervisor_timer(deadline: Option<u64>) {
 /// HCR_EL2.{TWI,TWE}: whether WFI and WFE of the resident vCPU trap, with their variants.
 pub fn trap_waits(trapped: bool) {
     let held = HCR_EL2.is_set(HCR_EL2::TWI);
+    note_register_writes(u64::from(held != trapped));
     match (held, trapped) {
         (false, true) => HCR_EL2.modify(HCR_EL2::TWI::SET + HCR_EL2::TWE::SET),
         (true, false) => HCR_EL2.modify(HCR_EL2::TWI::CLEAR + HCR_EL2::TWE::CLEAR),

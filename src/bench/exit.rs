@@ -23,9 +23,9 @@ use super::scene::{Cast, Scene, Stage, cpu};
 use super::verify::clear;
 
 /// Runs of a kind, all at once and one by one.
-const RUNS: u64 = 4096;
+const RUNS: u64 = if cfg!(debug_assertions) { 512 } else { 4096 };
 /// Runs of a kind that waits.
-const WAITING_RUNS: u64 = 512;
+const WAITING_RUNS: u64 = RUNS / 8;
 /// How far ahead timers are set.
 const TIMER_NS: u64 = 50_000;
 /// vCPUs of the VM that is measured, and of the other.
@@ -294,12 +294,21 @@ impl Found {
             Timing::Insn => row.share("insn", nanoseconds(total), runs),
             Timing::Wall | Timing::Hw => row.share("mean_ns", nanoseconds(total), runs),
         };
-        row.value("min_ns", at(0))
+        let row = row
+            .value("min_ns", at(0))
             .value("median_ns", at(last / 2))
             .value("p99_ns", at(last * 99 / 100))
             .share("exits", count(&self.counts, "exits"), runs)
             .share("kicks", count(&self.counts, "kicks"), runs)
-            .value("lost", self.lost)
+            .value("lost", self.lost);
+        if !cfg!(debug_assertions) {
+            return row;
+        }
+        ["register_writes", "list_accesses"]
+            .into_iter()
+            .fold(row, |row, name| {
+                row.share(name, count(&self.counts, name), runs)
+            })
     }
 
     /// Timers are compared with a deadline, which reading the counter twice is no part of.

@@ -35,6 +35,10 @@ pub struct CpuBlock {
 const _: () = {
     assert!(offset_of!(CpuBlock, emergency_stack_top) == offsets::EMERGENCY_STACK_TOP);
     assert!(offset_of!(CpuBlock, counters) + 8 * Event::Exits as usize == offsets::EXITS);
+    assert!(
+        offset_of!(CpuBlock, counters) + 8 * Event::RegisterWrites as usize
+            == offsets::REGISTER_WRITES
+    );
     assert!(size_of::<CpuBlock>() <= 4096);
 };
 

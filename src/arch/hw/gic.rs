@@ -1,6 +1,6 @@
 //! The GICv3 CPU interface: ICC_* (Arm IHI 0069H, 12).
 
-use super::registers::{mrs, msr};
+use super::registers::{mrs, msr, note_register_writes};
 use super::{dsb_ishst, isb};
 use crate::arch::ich_reset;
 
@@ -18,10 +18,11 @@ const GROUP_ENABLED: u64 = 1;
 const SPECIAL: u32 = 1020;
 
 macro_rules! write {
-    ($name:literal, $value:expr) => {
+    ($name:literal, $value:expr) => {{
+        note_register_writes(1);
         // SAFETY: an architected value for the interrupt controller, which touches no memory.
         unsafe { msr!($name, $value) }
-    };
+    }};
 }
 
 /// Opens this CPU's interface: EOImode = 1, group 1, all priorities; virtual interface at rest. Whether Aff0 beyond 15

@@ -20,8 +20,8 @@ pub use cache::{dc_civac_range, ic_ialluis, set_coherent_guests, show_to_guest, 
 pub use control::{affinity, id_registers, level_with, write_control_registers};
 pub use gic::{icc_dir, icc_eoir1, icc_iar1, icc_init, icc_sgi1r};
 pub use registers::{
-    Syndrome, at_s1e1r, counter, counter_hz, hvc, percpu_pointer, set_percpu_pointer, set_s2pir,
-    smc, syndrome,
+    Syndrome, at_s1e1r, counter, counter_hz, hvc, note_register_writes, percpu_pointer,
+    set_percpu_pointer, set_s2pir, smc, syndrome,
 };
 pub use tlbi::{
     tlbi_alle1is, tlbi_ipas2e1, tlbi_ipas2e1is, tlbi_ripas2e1is, tlbi_vaae1, tlbi_vmalle1,

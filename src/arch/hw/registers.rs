@@ -1,6 +1,7 @@
 //! Single registers and calls that the rest of the hypervisor needs one at a time.
 
 use core::arch::asm;
+use core::sync::atomic::{AtomicU64, Ordering};
 
 use aarch64_cpu::registers::{
     CNTFRQ_EL0, CNTPCT_EL0, ELR_EL2, ESR_EL2, FAR_EL2, HPFAR_EL2, PAR_EL1, Readable, SPSR_EL2,
@@ -32,6 +33,18 @@ macro_rules! msr {
     };
 }
 pub(super) use msr;
+
+/// In debug builds, counts writes of system registers on this CPU.
+#[inline]
+pub fn note_register_writes(count: u64) {
+    if cfg!(debug_assertions) {
+        let counter = percpu_pointer() + crate::arch::offsets::REGISTER_WRITES;
+        let counter = core::ptr::with_exposed_provenance::<AtomicU64>(counter);
+        // SAFETY: the CPU's block has an atomic counter there (`sync::percpu` asserts it) and is never freed.
+        let counter = unsafe { &*counter };
+        counter.store(counter.load(Ordering::Relaxed) + count, Ordering::Relaxed);
+    }
+}
 
 /// TPIDR_EL2: the address of this CPU's [`crate::sync::percpu::CpuBlock`]. Never zero once Rust runs on the CPU.
 #[inline]

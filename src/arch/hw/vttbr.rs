@@ -13,7 +13,7 @@
 
 use aarch64_cpu::registers::{ReadWriteable, Readable, SCTLR_EL1, TCR_EL1, VTTBR_EL2, Writeable};
 
-use super::isb;
+use super::{isb, note_register_writes};
 
 /// VTTBR_EL2 of this CPU: root in bits 47:1, VMID in 63:48.
 #[inline]
@@ -24,6 +24,7 @@ pub fn vttbr() -> u64 {
 /// Forbids stage-1 walks on this CPU until TCR_EL1 is written again, last, after SCTLR_EL1 and an `ISB`.
 #[inline]
 pub fn shield_stage1() {
+    note_register_writes(2);
     TCR_EL1.modify(TCR_EL1::EPD0::DisableTTBR0Walks + TCR_EL1::EPD1::DisableTTBR1Walks);
     SCTLR_EL1.modify(SCTLR_EL1::M::Enable);
     isb();
@@ -37,6 +38,7 @@ pub fn set_vttbr(value: u64) {
         TCR_EL1.is_set(TCR_EL1::EPD0) && TCR_EL1.is_set(TCR_EL1::EPD1),
         "stage-1 walks are forbidden"
     );
+    note_register_writes(1);
     VTTBR_EL2.set(value);
     isb();
 }
@@ -49,6 +51,7 @@ pub fn replace_vttbr(value: u64) {
     let (sctlr, tcr) = (SCTLR_EL1.get(), TCR_EL1.get());
     shield_stage1();
     set_vttbr(value);
+    note_register_writes(2);
     SCTLR_EL1.set(sctlr);
     isb();
     TCR_EL1.set(tcr);
@@ -68,6 +71,7 @@ pub fn with_vttbr<R>(value: u64, work: impl FnOnce() -> R) -> R {
     set_vttbr(value);
     let result = work();
     set_vttbr(held);
+    note_register_writes(2);
     SCTLR_EL1.set(sctlr);
     isb();
     TCR_EL1.set(tcr);

@@ -5,6 +5,8 @@ use super::lists::{Entry, Format, State};
 use crate::arch;
 use crate::dev::gic::Gic;
 use crate::dev::mmio::Registers;
+use crate::sync::percpu;
+use crate::trace::Event;
 
 const GICH_HCR: usize = 0x000;
 const GICH_VTR: usize = 0x004;
@@ -167,6 +169,7 @@ impl Interface {
         if matches!(self.access, Access::V3) {
             arch::ich_settle();
         }
+        note_access();
         let left = match self.access {
             Access::V3 => arch::ich_lr(0),
             Access::V2(gich) => u64::from(gich.read(GICH_LR)),
@@ -177,6 +180,7 @@ impl Interface {
     /// Lists `entry` alone, after [`Interface::only_ended`] has said that there is nothing else.
     #[inline]
     pub fn list_only(&mut self, entry: &Entry) {
+        note_access();
         let value = self.format().encode(entry);
         match self.access {
             Access::V3 => arch::set_ich_lr(0, value),
@@ -215,6 +219,7 @@ impl Interface {
     }
 
     fn hcr(&self) -> u64 {
+        note_access();
         match self.access {
             Access::V3 => arch::ich_hcr(),
             Access::V2(gich) => u64::from(gich.read(GICH_HCR)),
@@ -222,6 +227,7 @@ impl Interface {
     }
 
     fn set_hcr(&self, value: u64) {
+        note_access();
         match self.access {
             Access::V3 => arch::set_ich_hcr(value),
             Access::V2(gich) => gich.write(GICH_HCR, low_word(value)),
@@ -237,7 +243,16 @@ fn count(access: Access) -> usize {
     count.min(MOST_LISTS)
 }
 
+/// In debug builds, counts an access to a list register or its control register.
+#[inline]
+fn note_access() {
+    if cfg!(debug_assertions) {
+        percpu::count(Event::ListAccesses);
+    }
+}
+
 fn read_list(access: Access, index: usize) -> u64 {
+    note_access();
     match access {
         Access::V3 => arch::ich_lr(index),
         Access::V2(gich) => u64::from(gich.read(GICH_LR + 4 * index)),
@@ -245,6 +260,7 @@ fn read_list(access: Access, index: usize) -> u64 {
 }
 
 fn write_list(access: Access, index: usize, value: u64) {
+    note_access();
     match access {
         Access::V3 => arch::set_ich_lr(index, value),
         Access::V2(gich) => gich.write(GICH_LR + 4 * index, low_word(value)),
