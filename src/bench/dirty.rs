@@ -12,9 +12,10 @@ use crate::vm::Command;
 
 use super::Refusal;
 use super::clock::{Counts, exit_times, measure_exits, nanoseconds, timed};
+use super::comparison::Comparison;
 use super::params::{Params, Timing, size_name, stride_name};
 use super::report::{Row, progress};
-use super::scene::{Cast, Comparison, Outcome, Scene, Stage, cpu};
+use super::scene::{Cast, Outcome, Scene, Stage, cpu};
 
 /// One iteration's part of a row.
 struct Iteration {

@@ -14,10 +14,11 @@ use crate::vm::Command;
 
 use super::Refusal;
 use super::clock::Moment;
+use super::comparison::Comparison;
 use super::cycle::{self, Oddities};
 use super::protect::linger;
 use super::report::{Row, progress};
-use super::scene::{Cast, Comparison, Scene, Stage, cpu};
+use super::scene::{Cast, Scene, Stage, cpu};
 use super::shadow::Shadow;
 use super::verify::logged;
 

@@ -125,26 +125,33 @@ fn once(
     let run_ns = start.elapsed_ns();
     let counts: Vec<_> = counts.since().collect();
     machine.vm.stop(stage.host);
-    let row = Row::new("linux", "boot", params.timing.name())
-        .param("vcpus", cast.vcpus)
-        .param("guest_mib", params.linux.guest_mib)
-        .word("engine", cast.engine.name())
-        .word("tracking", cast.tracking.name())
-        .word("access_flag", cast.access_flag.name())
-        .param("beneath", params.linux.beneath)
-        .param("boot", boot)
-        .value("run_ns", run_ns)
-        .value("reset", u64::from(ended == StopReason::SystemReset));
     let (row, lost) = match &mut beneath {
         Some(beneath) => {
             let lost = beneath.end(&machine)?;
-            (beneath.told(row), lost)
+            (beneath.told(row(stage, cast, boot)), lost)
         }
-        None => (row, 0),
+        None => (row(stage, cast, boot), 0),
     };
-    row.values(counts).print();
     machine.close();
+    row.value("run_ns", run_ns)
+        .value("reset", u64::from(ended == StopReason::SystemReset))
+        .value("free_pages", frames::free_pages())
+        .value("vmids_in_use", stage.host.services.vmids.in_use())
+        .values(counts)
+        .print();
     Ok((ended, lost == 0))
+}
+
+fn row(stage: &Stage<'_>, cast: Cast, boot: u64) -> Row {
+    let linux = &stage.params.linux;
+    Row::new("linux", "boot", stage.params.timing.name())
+        .param("vcpus", cast.vcpus)
+        .param("guest_mib", linux.guest_mib)
+        .word("engine", cast.engine.name())
+        .word("tracking", cast.tracking.name())
+        .word("access_flag", cast.access_flag.name())
+        .param("beneath", linux.beneath)
+        .param("boot", boot)
 }
 
 /// The VM of boot number `boot`: boots take turns with the engines.

@@ -9,6 +9,7 @@ mod ages;
 mod checkpoint;
 mod churn;
 mod clock;
+mod comparison;
 mod cycle;
 mod dirty;
 mod epochs;

@@ -17,10 +17,11 @@ use crate::vm::Command;
 
 use super::Refusal;
 use super::clock::{Counts, Moment, timed};
+use super::comparison::Comparison;
 use super::cycle::{self, Call, Oddities, count};
 use super::params::{Timing, stride_name};
 use super::report::{Row, progress};
-use super::scene::{Cast, Comparison, Scene, Stage};
+use super::scene::{Cast, Scene, Stage};
 use super::verify::{logged, logged_sparsely};
 
 /// Calls under running vCPUs.

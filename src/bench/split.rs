@@ -17,9 +17,10 @@ use crate::vm::Command;
 
 use super::Refusal;
 use super::clock::{Counts, Moment, exit_times, measure_exits, timed};
+use super::comparison::Comparison;
 use super::params::{Params, Timing, size_name, stride_name};
 use super::report::{Row, progress};
-use super::scene::{Cast, Comparison, Scene, Stage, cpu};
+use super::scene::{Cast, Scene, Stage, cpu};
 
 /// How the measured pass goes over memory.
 #[derive(Clone, Copy)]

@@ -14,9 +14,10 @@ use crate::vm::Command;
 
 use super::Refusal;
 use super::clock::Moment;
+use super::comparison::Comparison;
 use super::params::size_name;
 use super::report::{Row, progress};
-use super::scene::{Cast, Comparison, Scene, Stage, cpu};
+use super::scene::{Cast, Scene, Stage, cpu};
 use super::shadow::Shadow;
 
 /// How long vCPUs may write nothing new.

@@ -95,9 +95,12 @@ fn ticks(area: &Area) -> u64 {
     area.timer_ticks.load(Relaxed)
 }
 
+/// Writes a timer's register.
+type SetTimer = fn(u64);
+
 /// The virtual or the physical timer fires once each time it is set, not early, and wakes WFI; masked and disabled it does not fire.
 pub(super) fn timer_test(physical: bool) -> Done {
-    let (set_value, set_control): (fn(u64), fn(u64)) = if physical {
+    let (set_value, set_control): (SetTimer, SetTimer) = if physical {
         (
             asm::set_physical_timer_value,
             asm::set_physical_timer_control,

@@ -81,7 +81,7 @@ impl Table<'_> {
             place,
             &format!("guest-mib=128 boots={boots}"),
             &format!("vellum.work={work}"),
-            Expect::Good(every_boot_is_content),
+            Expect::Good(restarts_are_clean),
         );
         // Four boots are to fit into the watchdog's time.
         Case {
@@ -238,7 +238,24 @@ fn every_boot_is_content(runs: &[Transcript]) -> Verdict {
     each(runs, |_| Ok(()))
 }
 
-/// As above; every page that the guest wrote was reported, by the engine that was asked for where it could.
+/// As above; what a boot leaves behind is what the first one left.
+fn restarts_are_clean(runs: &[Transcript]) -> Verdict {
+    every_boot_is_content(runs)?;
+    for run in runs {
+        for key in ["free_pages", "vmids_in_use"] {
+            let left: Vec<_> = run.rows.iter().map(|row| row.values.get(key)).collect();
+            if left
+                .iter()
+                .any(|value| value.is_none() || *value != left[0])
+            {
+                return Err(format!("{key} after each boot: {left:?}"));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// As [`every_boot_is_content`]; every page that the guest wrote was reported, by the engine that was asked for where it could.
 fn nothing_noticed(runs: &[Transcript]) -> Verdict {
     every_boot_is_content(runs)?;
     each(runs, |row| {
