@@ -17,6 +17,7 @@ use crate::vm::Command;
 use super::Refusal;
 use super::clock::{Counts, nanoseconds};
 use super::cycle::count;
+use super::listen::Listening;
 use super::params::Timing;
 use super::report::{Row, progress};
 use super::scene::{Cast, Scene, Stage, cpu};
@@ -208,9 +209,12 @@ fn interrupts(stage: &Stage<'_>, cast: Cast, vcpus: usize) -> Result<bool, Refus
             &Kind::waiting(what, ticks).measure(&scene, none)?,
         );
     }
-    for (case, asleep) in [("ipi_running", false), ("ipi_sleeping", true)] {
-        scene.listen(1, asleep)?;
-        let kind = if asleep {
+    for (case, how) in [
+        ("ipi_running", Listening::Running),
+        ("ipi_sleeping", Listening::Asleep),
+    ] {
+        scene.listen(1, how)?;
+        let kind = if how == Listening::Asleep {
             Kind::waiting(measure::IPI_AFTER_PAUSE, RECEIVER)
         } else {
             Kind::new(measure::IPI, RECEIVER)

@@ -11,6 +11,7 @@ use crate::vm::Command;
 use super::Refusal;
 use super::clock::{Counts, nanoseconds};
 use super::cycle::count;
+use super::listen::Listening;
 use super::params::Receivers;
 use super::report::{Row, progress};
 use super::scene::{Scene, Stage};
@@ -48,7 +49,11 @@ pub(super) fn run(stage: &Stage<'_>) -> Result<bool, Refusal> {
 fn case(stage: &Stage<'_>, scene: &Scene, (mode, name, concerned): Mode) -> Result<bool, Refusal> {
     let rounds = stage.params.rounds;
     let others = scene.cast.vcpus - 1;
-    scene.listen(others, stage.params.receivers == Receivers::Sleeping)?;
+    let how = match stage.params.receivers {
+        Receivers::Sleeping => Listening::Asleep,
+        Receivers::Running => Listening::Running,
+    };
+    scene.listen(others, how)?;
     let before = Counts::now();
     let command = Command {
         op: op::IPI_MODES,

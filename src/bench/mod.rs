@@ -18,6 +18,7 @@ mod get;
 mod heat;
 mod ipi;
 mod linux;
+mod listen;
 mod lives;
 mod moves;
 pub mod params;

@@ -67,30 +67,12 @@ pub(super) struct Part {
 
 /// A running VM whose vCPUs wait for operations.
 pub(super) struct Scene {
-    vm: Arc<Vm>,
+    pub(super) vm: Arc<Vm>,
     host: &'static Host,
     memory: Vec<mem::Extent>,
     pub(super) data: SlotId,
     pub(super) cast: Cast,
     log_bytes: u64,
-}
-
-/// A VM without memory, whose vCPUs hold no CPU.
-pub(super) struct Bystander {
-    vm: Arc<Vm>,
-    host: &'static Host,
-}
-
-impl Bystander {
-    /// Number of its vCPUs.
-    pub(super) fn vcpus(&self) -> usize {
-        self.vm.vcpus().len()
-    }
-
-    /// Ends it.
-    pub(super) fn close(self) {
-        Vm::destroy(self.vm, self.host);
-    }
 }
 
 /// What a vCPU reports of an operation.
@@ -183,7 +165,7 @@ impl Stage<'_> {
         Ok(scene)
     }
 
-    fn create(&self, cast: Cast) -> Result<Arc<Vm>, Refusal> {
+    pub(super) fn create(&self, cast: Cast) -> Result<Arc<Vm>, Refusal> {
         let config = VmConfig {
             vcpus: cast.vcpus,
             placement: cast.placement,
@@ -197,14 +179,6 @@ impl Stage<'_> {
             entry: Ipa::new(abi::IMAGE),
         };
         Vm::create(self.host, &config).map_err(refused)
-    }
-
-    /// A VM that exists beside the one that is measured, and is never started.
-    pub(super) fn bystander(&self, cast: Cast) -> Result<Bystander, Refusal> {
-        Ok(Bystander {
-            vm: self.create(cast)?,
-            host: self.host,
-        })
     }
 
     fn load(&self, scene: &Scene) -> Result<(), Refusal> {
@@ -328,7 +302,7 @@ impl Scene {
     }
 
     /// Sleeps until `vcpu` has done what it was told.
-    fn outcome(&self, vcpu: usize) -> Result<Outcome, Refusal> {
+    pub(super) fn outcome(&self, vcpu: usize) -> Result<Outcome, Refusal> {
         let stopped = |reason| format!("vCPU {vcpu} stopped: {reason}");
         let [found, ticks, first, second] = self.vm.wait(vcpu).map_err(stopped)?;
         match found {
@@ -451,45 +425,6 @@ impl Scene {
         self.words(offset_of!(abi::Area, operations))
     }
 
-    /// Version of the interrupt controller.
-    pub(super) fn gic_version(&self) -> u32 {
-        self.vm.gic_version()
-    }
-
-    /// What the last [`op::MEASURE`] stored, `count` words.
-    pub(super) fn samples(&self, count: u64) -> Result<Vec<u64>, Refusal> {
-        let mut bytes = vec![0; to_index(8 * count)];
-        self.read(Ipa::new(abi::SAMPLES), &mut bytes)?;
-        let (words, _) = bytes.as_chunks::<8>();
-        Ok(words.iter().map(|word| u64::from_le_bytes(*word)).collect())
-    }
-
-    /// Has vCPUs from 1 to `last` let interrupts in until [`Scene::hear_out`].
-    pub(super) fn listen(&self, last: usize, asleep: bool) -> Result<(), Refusal> {
-        self.set_stop(0)?;
-        let listen = Command {
-            op: op::LISTEN,
-            args: [u64::from(asleep), 0, 0, 0, 0],
-        };
-        (1..=last).for_each(|vcpu| self.vm.post(vcpu, listen));
-        Ok(())
-    }
-
-    /// Ends [`Scene::listen`]; the IPIs that the listeners took. One that sleeps is woken to see that it is to end.
-    pub(super) fn hear_out(&self, last: usize) -> Result<u64, Refusal> {
-        self.set_stop(1)?;
-        let mut taken = 0;
-        for vcpu in 1..=last {
-            let poke = Command {
-                op: op::MEASURE,
-                args: [abi::measure::POKE, 1, vcpu as u64, 0, 0],
-            };
-            self.perform_one(0, poke)?;
-            taken += self.outcome(vcpu)?.results[0];
-        }
-        Ok(taken)
-    }
-
     /// The words at `offset` of the areas.
     fn words(&self, offset: usize) -> Result<Vec<u64>, Refusal> {
         (0..self.cast.vcpus)
@@ -549,7 +484,7 @@ impl Scene {
     }
 
     /// Tells all vCPUs to leave their free run, or lets them enter one.
-    fn set_stop(&self, stop: u64) -> Result<(), Refusal> {
+    pub(super) fn set_stop(&self, stop: u64) -> Result<(), Refusal> {
         (0..self.cast.vcpus).try_for_each(|vcpu| {
             let word = area_word(vcpu, offset_of!(abi::Area, stop));
             self.write(word, &stop.to_le_bytes())
