@@ -262,7 +262,8 @@ mod tests {
             of("mmio_vgic", r#""access":"GICD_IIDR","register":"x25""#, 400),
         ];
         let all: Vec<&Row> = rows.iter().collect();
-        assert_eq!(geometric_mean(&all, "mmio_vgic"), Some(200.0));
+        let mean = geometric_mean(&all, "mmio_vgic");
+        assert!(mean.is_some_and(|mean| (mean - 200.0).abs() < 1e-6));
         assert_eq!(geometric_mean(&all, "timer"), None);
         let text = report(&rows);
         for words in [
@@ -270,7 +271,7 @@ mod tests {
             "<= 250",
             "2 211",
             "1 367",
-            "68.3",
+            "68.4",
             "QEMU 10.0.2",
         ] {
             assert!(text.contains(words), "{words}: {text}");
