@@ -29,6 +29,12 @@ pub fn ich_lr_count() -> usize {
     usize::try_from(ICH_VTR_EL2.read(ICH_VTR_EL2::ListRegs)).map_or(1, |last| last + 1)
 }
 
+/// Whether a guest's deactivations can trap by themselves (ICH_VTR_EL2.TDS).
+pub fn ich_traps_deactivation() -> bool {
+    const TDS: u64 = 1 << 19;
+    ICH_VTR_EL2.get() & TDS != 0
+}
+
 /// Number of active-priority registers per group: one for 5 bits of preemption, two for 6, four for 7.
 fn active_priority_registers() -> usize {
     match ICH_VTR_EL2.read(ICH_VTR_EL2::PREbits) {

@@ -4,31 +4,21 @@
 //! Whoever changes a model tells the vCPUs that it concerns: `attention`, for a shared interrupt also `spis`, and a kick
 //! unless one is on its way. The vCPU brings its list registers up to date before it enters its guest again.
 
-use core::sync::atomic::Ordering;
+use core::sync::atomic::{AtomicU32, Ordering};
+
+use spin::Mutex;
 
 use crate::arch;
 use crate::vm::resident::Resident;
 use crate::vm::vcpu::Vcpu;
+use crate::vm::vgic::access::Accessor;
 use crate::vm::vgic::distributor::index_of;
-use crate::vm::vgic::flight::{Models, SpiSet};
-use crate::vm::vgic::private::Wiring;
-use crate::vm::vgic::shared::{Shared, Target};
+use crate::vm::vgic::flight::{Holder, VcpuSet, concern};
+use crate::vm::vgic::private::{Private, Wiring};
+use crate::vm::vgic::shared::{Routing, Shared, Target};
+use crate::vm::vgic::state::{VcpuState, VmState};
 use crate::vm::vm::Vm;
 use crate::vm::vtimer;
-
-/// A set of a VM's vCPUs; a GICv3 VM has at most 123.
-#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
-pub(crate) struct VcpuSet(u128);
-
-impl VcpuSet {
-    fn add(&mut self, vcpu: &Vcpu) {
-        self.0 |= 1_u128.unbounded_shl(u32::try_from(vcpu.index).unwrap_or(u32::MAX));
-    }
-
-    fn contains(self, vcpu: &Vcpu) -> bool {
-        u32::try_from(vcpu.index).is_ok_and(|index| self.0.unbounded_shr(index) & 1 != 0)
-    }
-}
 
 impl Vm {
     /// The device behind SPI `intid` asserts its line, or does not any more. From any CPU, at any time; an interrupt that
@@ -50,7 +40,7 @@ impl Vm {
             VcpuSet::default()
         };
         drop(shared);
-        for vcpu in self.members(concerned) {
+        for vcpu in concerned.filter_map(|index| self.vcpus().get(index)) {
             self.alert(vcpu);
         }
     }
@@ -64,47 +54,79 @@ impl Vm {
         }
     }
 
-    /// Marks the vCPUs that the given SPIs are for; the caller notifies them when it has let go of the lock.
-    pub(crate) fn concern(&self, shared: &Shared, intids: impl Iterator<Item = u16>) -> VcpuSet {
-        let mut set = VcpuSet::default();
-        for target in intids.filter_map(|intid| shared.concerned(intid)) {
-            if let Some(vcpu) = self.home_of(target) {
-                vcpu.spis.store(true, Ordering::Relaxed);
-                set.add(vcpu);
-            }
+    fn concern(&self, shared: &Shared, intids: impl Iterator<Item = u16>) -> VcpuSet {
+        concern(
+            shared,
+            intids,
+            |target| self.home_of(target),
+            |vcpu| self.mark(vcpu),
+        )
+    }
+
+    /// The state of its interrupt controller; `None` while vCPUs are on CPUs.
+    pub fn save_interrupts(&self) -> Option<VmState> {
+        let of_vcpu = |vcpu: &Vcpu| {
+            let interface = vcpu.parked.try_lock()?.interface;
+            let private = vcpu.private.lock().save()?;
+            Some(VcpuState { private, interface })
+        };
+        Some(VmState {
+            gicv3: self.gic_version() == 3,
+            control: self.gic_control.load(Ordering::Relaxed),
+            shared: self.shared.lock().save()?,
+            vcpus: self.vcpus().iter().map(of_vcpu).collect::<Option<_>>()?,
+        })
+    }
+
+    /// Replaces the state of its interrupt controller. False, and nothing has happened: vCPUs are on CPUs, or `state` is one of
+    /// another kind of VM.
+    pub fn restore_interrupts(&self, state: &VmState) -> bool {
+        let (gicv3, vcpus) = (self.gic_version() == 3, self.vcpus().len());
+        if state.gicv3 != gicv3 || state.vcpus.len() != vcpus || self.save_interrupts().is_none() {
+            return false;
         }
-        set
+        self.gic_control
+            .store(state.control & 0b11, Ordering::Relaxed);
+        let routing = Routing::new(gicv3, vcpus);
+        *self.shared.lock() = Shared::restored(&state.shared, routing, vcpus);
+        for (vcpu, state) in self.vcpus().iter().zip(&state.vcpus) {
+            *vcpu.private.lock() = Private::restored(&state.private, gicv3, vtimer::INTID);
+            vcpu.parked.lock().interface = state.interface;
+            // Whoever holds it next finds out what is in flight.
+            vcpu.spis.store(true, Ordering::Relaxed);
+            vcpu.attention.store(true, Ordering::Relaxed);
+        }
+        true
     }
 
-    pub(crate) fn members(&self, set: VcpuSet) -> impl Iterator<Item = &Vcpu> {
-        self.vcpus().iter().filter(move |vcpu| set.contains(vcpu))
-    }
-
-    fn is_home(&self, target: Target, vcpu: &Vcpu) -> bool {
-        let home = self.home_of(target);
-        home.is_some_and(|home| home.index == vcpu.index)
+    /// A shared interrupt may be for `vcpu`; the lock of the shared interrupts is held.
+    pub(crate) fn mark(&self, vcpu: usize) {
+        if let Some(vcpu) = self.vcpus().get(vcpu) {
+            vcpu.spis.store(true, Ordering::Relaxed);
+        }
     }
 
     /// The one vCPU that `target` means now: of several the first that is on, or the first if none is.
-    fn home_of(&self, target: Target) -> Option<&Vcpu> {
-        let among = |bits: u128| {
-            let mut candidates = self.members(VcpuSet(bits));
-            let first = candidates.next();
-            if first.is_some_and(Vcpu::is_on) {
-                return first;
+    pub(crate) fn home_of(&self, target: Target) -> Option<usize> {
+        let bits = match target {
+            Target::Home(vcpu) => return Some(vcpu),
+            Target::Affinity(affinity) => {
+                return index_of(affinity).filter(|index| *index < self.vcpus().len());
             }
-            candidates.find(|vcpu| vcpu.is_on()).or(first)
+            Target::OneOf(bits) => u128::from(bits),
+            Target::Any => u128::MAX,
         };
-        match target {
-            Target::Home(index) => self.vcpus().get(index),
-            Target::Affinity(affinity) => self.vcpus().get(index_of(affinity)?),
-            Target::OneOf(bits) => among(u128::from(bits)),
-            Target::Any => among(u128::MAX),
-        }
+        let mut candidates = (0..)
+            .zip(self.vcpus())
+            .filter(|(bit, _)| bits >> bit & 1 != 0);
+        let first = candidates.next()?;
+        let on = |(_, vcpu): &(u32, &Vcpu)| vcpu.is_on();
+        let chosen = core::iter::once(first).chain(candidates).find(on);
+        Some(chosen.unwrap_or(first).1.index)
     }
 }
 
-impl Resident<'_> {
+impl<'a> Resident<'a> {
     /// Takes everything back from the list registers, so that the models are the truth; it is listed again before the guest
     /// goes on. Nothing is done where nothing is listed.
     pub(crate) fn take_back(&mut self) {
@@ -117,7 +139,10 @@ impl Resident<'_> {
 
     /// As [`Self::take_back`], of a vCPU that leaves its CPU.
     pub(crate) fn take_back_listed(&mut self) {
-        self.with_models(|_| ());
+        let (vm, holder) = (self.vm, self.holder());
+        let home = |target| vm.home_of(target);
+        let others = holder.take_back(&mut self.interface, home, |vcpu| vm.mark(vcpu));
+        others.for_each(|vcpu| self.alert(vcpu));
     }
 
     /// Brings the list registers up to date with the models.
@@ -134,19 +159,18 @@ impl Resident<'_> {
             asserted: arch::virtual_timer_asserted(),
             lists: self.interface.lists(),
         };
-        let (vm, vcpu) = (self.vm, self.vcpu);
-        let listing = self.with_models(|models| {
-            let (listing, any) = models.list(&wiring, |target| vm.is_home(target, vcpu));
-            if models.shared.is_some() {
-                vcpu.spis.store(any, Ordering::Relaxed);
-            }
-            listing
-        });
+        let (vm, holder) = (self.vm, self.holder());
+        let (listing, others) = holder.relist(
+            &mut self.interface,
+            &wiring,
+            |target| vm.home_of(target),
+            |vcpu| vm.mark(vcpu),
+        );
         self.deliverable = listing.has_pending();
-        self.interface.list(&listing);
         if listing.release {
             vtimer::deactivate(self.host, self.cpu);
         }
+        others.for_each(|vcpu| self.alert(vcpu));
     }
 
     /// The usual case in short: one SGI is pending and nothing else is in flight, or only one that the guest has ended. False:
@@ -164,8 +188,8 @@ impl Resident<'_> {
         let Some(ended) = self.interface.only_ended() else {
             return false;
         };
-        if let Some(intid) = ended {
-            private.pass_turn(intid);
+        if let Some(ended) = ended {
+            private.sgi_ended(&ended);
         }
         private.remove(&sgi);
         drop(private);
@@ -174,37 +198,70 @@ impl Resident<'_> {
         true
     }
 
-    /// Empties the list registers into the models, does `work` with these, and tells other vCPUs of shared interrupts that
-    /// are theirs now.
-    fn with_models<R>(&mut self, work: impl FnOnce(&mut Models<'_>) -> R) -> R {
-        let (vm, vcpu) = (self.vm, self.vcpu);
-        let mut private = vcpu.private.lock();
-        // While a shared interrupt is listed the flag stays set.
-        let mut shared = vcpu.spis.load(Ordering::Relaxed).then(|| vm.shared.lock());
-        let mut models = Models {
-            home: vcpu.index,
-            private: &mut private,
-            shared: shared.as_deref_mut(),
-        };
-        let mut returned = SpiSet::default();
-        self.interface
-            .take_back(|what| models.take_back(what, &mut returned));
-        let others = models
-            .shared
-            .as_deref()
-            .map(|shared| vm.concern(shared, returned));
-        let result = work(&mut models);
-        drop((shared, private));
-        for other in vm.members(others.unwrap_or_default()) {
-            self.notify(other);
+    fn holder(&self) -> Holder<'a> {
+        Holder {
+            index: self.vcpu.index,
+            private: &self.vcpu.private,
+            shared: &self.vm.shared,
+            spis: &self.vcpu.spis,
         }
-        result
+    }
+}
+
+impl Accessor for Resident<'_> {
+    fn is_v3(&self) -> bool {
+        self.vm.gic_version() == 3
     }
 
-    /// Tells `vcpu` that its interrupts changed; this CPU's own looks before it goes on.
-    pub(crate) fn notify(&self, vcpu: &Vcpu) {
+    fn vcpus(&self) -> usize {
+        self.vm.vcpus().len()
+    }
+
+    fn own(&self) -> usize {
+        self.vcpu.index
+    }
+
+    fn control(&self) -> &AtomicU32 {
+        &self.vm.gic_control
+    }
+
+    fn private(&self, vcpu: usize) -> Option<&Mutex<Private>> {
+        self.vm.vcpus().get(vcpu).map(|vcpu| &vcpu.private)
+    }
+
+    fn shared(&self) -> &Mutex<Shared> {
+        &self.vm.shared
+    }
+
+    fn home(&self, target: Target) -> Option<usize> {
+        self.vm.home_of(target)
+    }
+
+    fn mark(&self, vcpu: usize) {
+        self.vm.mark(vcpu);
+    }
+
+    /// This CPU's own vCPU looks before it goes on, so it needs no kick.
+    fn alert(&self, vcpu: usize) {
+        let Some(vcpu) = self.vm.vcpus().get(vcpu) else {
+            return;
+        };
         if vcpu.demand_attention() && vcpu.index != self.vcpu.index {
             self.vm.kick(vcpu);
         }
+    }
+
+    fn take_back(&mut self) {
+        Self::take_back(self);
+    }
+
+    /// The other may itself wait until every CPU has seen a new root of the VM.
+    fn wait(&mut self) {
+        self.vm.stage2.refresh(self.cpu);
+        core::hint::spin_loop();
+    }
+
+    fn deactivates(&self) -> bool {
+        self.interface.has_eoi_mode()
     }
 }

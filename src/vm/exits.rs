@@ -154,6 +154,7 @@ impl Resident<'_> {
             Answer::SendGroup1 => self.send_sgi_v3(self.frame.read(access.general), true),
             Answer::SendGroup0 => self.send_sgi_v3(self.frame.read(access.general), false),
             Answer::PhysicalTimer(register) => self.physical_timer(register, access),
+            Answer::Deactivate => self.deactivate(self.frame.read(access.general)),
             Answer::Value(value) if !access.write => self.frame.write(access.general, value),
             Answer::Value(_) => {}
         }

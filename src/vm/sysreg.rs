@@ -18,6 +18,8 @@ pub enum Answer {
     SendGroup0,
     /// A register of the physical timer.
     PhysicalTimer(ptimer::Register),
+    /// A write of ICC_DIR_EL1: the end of an interrupt.
+    Deactivate,
     /// The register does not exist for the guest.
     Undefined,
 }
@@ -53,6 +55,7 @@ pub fn answer(access: SystemRegisterAccess, given: Given, real: impl Fn(u8, u8) 
         // ACTLR_EL1 has nothing to offer.
         (3, 0, 1, 0, 1) => Answer::Value(0),
         (3, 0, 12, 11, 5) if access.write && given.gic_registers => Answer::SendGroup1,
+        (3, 0, 12, 11, 1) if access.write && given.gic_registers => Answer::Deactivate,
         (3, 0, 12, 11, 7) if access.write && given.gic_registers => Answer::SendGroup0,
         // ICC_ASGI1R_EL1: the other security state's group 1, which does not exist.
         (3, 0, 12, 11, 6) if access.write && given.gic_registers => Answer::Value(0),

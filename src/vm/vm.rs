@@ -26,6 +26,7 @@ use crate::vm::host::{self, Host};
 use crate::vm::run;
 use crate::vm::sched;
 use crate::vm::vcpu::{Command, Vcpu};
+use crate::vm::vgic::access::Frame;
 use crate::vm::vgic::distributor::{
     REDISTRIBUTOR_BYTES, V2_DISTRIBUTOR_BYTES, V3_DISTRIBUTOR_BYTES,
 };
@@ -44,8 +45,11 @@ pub const GICR: Ipa = Ipa::new(0x080a_0000);
 pub const UART: Ipa = Ipa::new(0x0900_0000);
 /// RAM begins here.
 pub const RAM: Ipa = Ipa::new(0x4000_0000);
-/// Bytes of GICV, and so of what a guest sees at [`GICC`].
+/// Bytes of what a guest sees at [`GICC`]: two pages.
 pub(crate) const GICC_BYTES: u64 = 0x2000;
+/// The first page is GICV's, so a guest accesses it by itself. The second is emulated: writes of GICC_DIR, which is all there
+/// is, may name interrupts that this CPU's list registers do not have.
+const GICV_BYTES: u64 = 0x1000;
 /// Redistributors that fit below the UART.
 const MOST_VCPUS_V3: usize = 123;
 const MOST_VCPUS_V2: usize = 8;
@@ -276,7 +280,7 @@ impl Vm {
             virtual_interface, ..
         } = host.machine.gic
         {
-            vm.add_device(GICC, virtual_interface, GICC_BYTES)?;
+            vm.add_device(GICC, virtual_interface, GICV_BYTES)?;
         }
         vm.turn_first_on()?;
         Ok(Arc::new(vm))
@@ -534,16 +538,20 @@ impl Vm {
         if let Some(offset) = within(UART, vuart::BYTES) {
             return Some((Device::Uart, offset));
         }
+        let interrupts = |frame, offset| Some((Device::Interrupts(frame), offset));
         if self.gic_version() == 2 {
-            return within(GICD, V2_DISTRIBUTOR_BYTES)
-                .map(|offset| (Device::DistributorV2, offset));
+            if let Some(offset) = within(GICD, V2_DISTRIBUTOR_BYTES) {
+                return interrupts(Frame::DistributorV2, offset);
+            }
+            let offset = within(GICC, GICC_BYTES)?.checked_sub(GICV_BYTES)?;
+            return interrupts(Frame::Deactivation, offset);
         }
         if let Some(offset) = within(GICD, V3_DISTRIBUTOR_BYTES) {
-            return Some((Device::DistributorV3, offset));
+            return interrupts(Frame::DistributorV3, offset);
         }
         let offset = within(GICR, REDISTRIBUTOR_BYTES * self.vcpus.len() as u64)?;
         let vcpu = usize::try_from(offset / REDISTRIBUTOR_BYTES).ok()?;
-        Some((Device::Redistributor(vcpu), offset % REDISTRIBUTOR_BYTES))
+        interrupts(Frame::Redistributor(vcpu), offset % REDISTRIBUTOR_BYTES)
     }
 }
 
@@ -551,10 +559,8 @@ impl Vm {
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(crate) enum Device {
     Uart,
-    DistributorV2,
-    DistributorV3,
-    /// Of this vCPU.
-    Redistributor(usize),
+    /// A frame of the interrupt controller.
+    Interrupts(Frame),
 }
 
 /// ID_AA64MMFR0_EL1.PARange for an address size, rounded down.

@@ -6,14 +6,15 @@ use std::cell::{Cell, RefCell};
 
 use crate::arch::context::{El1, Exit, Frame, Stage2Geometry};
 
-/// List registers of the fake's interrupt controller.
-const LIST_REGISTERS: usize = 4;
+/// List registers that there can be.
+const MOST_LIST_REGISTERS: usize = 16;
 
 /// ELR_EL1, SPSR_EL1, ESR_EL1 and FAR_EL1.
 pub type Exception = (u64, u64, u64, Option<u64>);
 
 std::thread_local! {
-    static LRS: RefCell<[u64; LIST_REGISTERS]> = const { RefCell::new([0; LIST_REGISTERS]) };
+    static LRS: RefCell<[u64; MOST_LIST_REGISTERS]> = const { RefCell::new([0; MOST_LIST_REGISTERS]) };
+    static LIST_REGISTERS: Cell<usize> = const { Cell::new(4) };
     static ICH_HCR: Cell<u64> = const { Cell::new(0) };
     static ICH_VMCR: Cell<u64> = const { Cell::new(0) };
     static ACTIVE_PRIORITIES: Cell<[u64; 8]> = const { Cell::new([0; 8]) };
@@ -134,7 +135,17 @@ pub fn take_deferred_serror() -> Option<u64> {
 
 /// Number of list registers.
 pub fn ich_lr_count() -> usize {
-    LIST_REGISTERS
+    LIST_REGISTERS.get()
+}
+
+/// Sets what [`ich_lr_count`] reads; 4 otherwise.
+pub fn set_ich_lr_count(count: usize) {
+    LIST_REGISTERS.set(count.clamp(1, MOST_LIST_REGISTERS));
+}
+
+/// Whether a guest's deactivations can trap by themselves.
+pub fn ich_traps_deactivation() -> bool {
+    true
 }
 
 /// ICH_LR`n`_EL2; zero for a list register that does not exist.
@@ -186,7 +197,7 @@ pub fn ich_reset() {
     set_ich_hcr(0);
     set_ich_vmcr(0);
     set_ich_active_priorities([0; 8]);
-    for n in 0..LIST_REGISTERS {
+    for n in 0..MOST_LIST_REGISTERS {
         set_ich_lr(n, 0);
     }
 }

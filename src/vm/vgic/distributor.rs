@@ -25,9 +25,9 @@ const V2_ITARGETSR: core::ops::Range<u64> = 0x800..0x820;
 const V2_SGIR: u64 = 0xf00;
 const V2_CPENDSGIR: core::ops::Range<u64> = 0xf10..0xf20;
 const V2_SPENDSGIR: core::ops::Range<u64> = 0xf20..0xf30;
-const V2_PIDR2: u64 = 0xfe8;
+const V2_IDENTIFICATION: core::ops::Range<u64> = 0xfd0..0x1000;
 
-const V3_PIDR2: u64 = 0xffe8;
+const V3_IDENTIFICATION: core::ops::Range<u64> = 0xffd0..0x1_0000;
 const GICR_TYPER: u64 = 0x0008;
 const GICR_TYPER_HIGH: u64 = 0x000c;
 const GICR_WAKER: u64 = 0x0014;
@@ -52,10 +52,26 @@ pub enum Register {
     SgiSenders(u64, bool),
     /// GICR_WAKER.
     Waker,
+    /// GICC_DIR.
+    Deactivate,
 }
 
-/// Implementer Arm, no product: an identity of our own.
-const IDENTITY: u32 = 0x43b;
+/// IIDR: implementer Arm, a product number that none of its products has.
+const IDENTITY: u32 = 0x56 << 24 | 0x43b;
+
+/// The last words of a frame: PIDR4 to PIDR7, PIDR0 to PIDR3 (with the architecture's version) and CIDR0 to CIDR3.
+const fn identification(version: u32, word: u64) -> u32 {
+    match word {
+        0 => 0x04,
+        5 => 0xb0,
+        6 => version << 4 | 0xb,
+        8 => 0x0d,
+        9 => 0xf0,
+        10 => 0x05,
+        11 => 0xb1,
+        _ => 0,
+    }
+}
 /// GICD_TYPER.ITLinesNumber: how many words of 32 SPIs there are.
 const LINES: u32 = shared::SPIS as u32 / 32;
 /// GICD_TYPER of GICv3: 16 bits of INTID as ICH_VTR offers, no LPIs, no message-based SPIs.
@@ -72,7 +88,7 @@ pub fn v2(offset: u64, vcpus: usize) -> Register {
         ),
         IIDR => Register::Constant(IDENTITY),
         _ if first_word(offset) || CONFIGURATION.contains(&offset) => Register::Private(offset),
-        _ if V2_ITARGETSR.contains(&offset) => Register::OwnTarget,
+        _ if V2_ITARGETSR.contains(&offset) && vcpus > 1 => Register::OwnTarget,
         V2_SGIR => Register::SendSgi,
         _ if V2_CPENDSGIR.contains(&offset) => {
             Register::SgiSenders(offset - V2_CPENDSGIR.start, false)
@@ -80,7 +96,9 @@ pub fn v2(offset: u64, vcpus: usize) -> Register {
         _ if V2_SPENDSGIR.contains(&offset) => {
             Register::SgiSenders(offset - V2_SPENDSGIR.start, true)
         }
-        V2_PIDR2 => Register::Constant(2 << 4),
+        _ if V2_IDENTIFICATION.contains(&offset) => {
+            Register::Constant(identification(2, (offset - V2_IDENTIFICATION.start) / 4))
+        }
         _ => of_shared(offset, Routing::Targets(vcpus)),
     }
 }
@@ -103,7 +121,9 @@ pub fn v3(offset: u64) -> Register {
         CTLR => Register::Control,
         TYPER => Register::Constant(V3_TYPER),
         IIDR => Register::Constant(IDENTITY),
-        V3_PIDR2 => Register::Constant(3 << 4),
+        _ if V3_IDENTIFICATION.contains(&offset) => {
+            Register::Constant(identification(3, (offset - V3_IDENTIFICATION.start) / 4))
+        }
         _ => of_shared(offset, Routing::Affinity),
     }
 }
@@ -129,7 +149,9 @@ pub fn redistributor(offset: u64, index: usize, vcpus: usize, affinity: u64) -> 
         }
         GICR_TYPER_HIGH => Register::Constant(packed_affinity(affinity)),
         GICR_WAKER => Register::Waker,
-        V3_PIDR2 => Register::Constant(3 << 4),
+        _ if V3_IDENTIFICATION.contains(&offset) => {
+            Register::Constant(identification(3, (offset - V3_IDENTIFICATION.start) / 4))
+        }
         _ if offset < SGI_FRAME => Register::Constant(0),
         _ => match offset - SGI_FRAME {
             private if first_word(private) || CONFIGURATION.contains(&private) => {
@@ -312,8 +334,9 @@ mod tests {
 
     #[test]
     fn both_versions_identify_themselves() {
-        assert_eq!(v3(0xffe8), Register::Constant(0x30));
-        assert_eq!(v2(0xfe8, 1), Register::Constant(0x20));
-        assert_eq!(redistributor(0xffe8, 0, 1, 0), Register::Constant(0x30));
+        assert_eq!(v3(0xffe8), Register::Constant(0x3b));
+        assert_eq!(v2(0xfe8, 1), Register::Constant(0x2b));
+        assert_eq!(redistributor(0xffe8, 0, 1, 0), Register::Constant(0x3b));
+        assert_eq!(v2(0xffc, 1), Register::Constant(0xb1));
     }
 }

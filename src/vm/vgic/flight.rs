@@ -1,6 +1,10 @@
 //! Interrupts in flight of one vCPU: between its private interrupts, its VM's shared ones and its list registers.
 
-use super::interface::Returned;
+use core::sync::atomic::{AtomicBool, Ordering};
+
+use spin::Mutex;
+
+use super::interface::{Interface, Returned};
 use super::listing::Listing;
 use super::private::{Private, Wiring};
 use super::shared::{FIRST, Shared, Target};
@@ -25,6 +29,123 @@ impl Iterator for SpiSet {
         let intid = self.0.trailing_zeros();
         self.0 &= self.0.checked_sub(1)?;
         u16::try_from(intid).ok()
+    }
+}
+
+/// A set of a VM's vCPUs; a GICv3 VM has at most 123.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct VcpuSet(u128);
+
+impl VcpuSet {
+    /// Adds `vcpu`.
+    pub fn add(&mut self, vcpu: usize) {
+        self.0 |= 1_u128.unbounded_shl(u32::try_from(vcpu).unwrap_or(u32::MAX));
+    }
+
+    /// Takes `vcpu` out.
+    pub fn remove(&mut self, vcpu: usize) {
+        self.0 &= !1_u128.unbounded_shl(u32::try_from(vcpu).unwrap_or(u32::MAX));
+    }
+}
+
+impl Iterator for VcpuSet {
+    type Item = usize;
+
+    fn next(&mut self) -> Option<usize> {
+        let vcpu = self.0.trailing_zeros();
+        self.0 &= self.0.checked_sub(1)?;
+        usize::try_from(vcpu).ok()
+    }
+}
+
+/// Marks (`mark`) the vCPUs that the given shared interrupts are for, as `home` knows. They are to be alerted when the
+/// lock of the shared interrupts has been let go.
+pub fn concern(
+    shared: &Shared,
+    intids: impl Iterator<Item = u16>,
+    home: impl Fn(Target) -> Option<usize>,
+    mark: impl Fn(usize),
+) -> VcpuSet {
+    let mut set = VcpuSet::default();
+    for target in intids.filter_map(|intid| shared.concerned(intid)) {
+        if let Some(vcpu) = home(target) {
+            mark(vcpu);
+            set.add(vcpu);
+        }
+    }
+    set
+}
+
+/// The vCPU that this CPU holds, as its list registers are filled and emptied.
+#[derive(Clone, Copy, Debug)]
+pub struct Holder<'a> {
+    /// The vCPU's number.
+    pub index: usize,
+    /// Its private interrupts.
+    pub private: &'a Mutex<Private>,
+    /// Its VM's shared ones.
+    pub shared: &'a Mutex<Shared>,
+    /// Set whenever one of them may be in flight for it; then the lock of the shared interrupts is held.
+    pub spis: &'a AtomicBool,
+}
+
+impl Holder<'_> {
+    /// Empties the list registers into the models. Returns the vCPUs that shared interrupts are for now, which `mark` has
+    /// marked; they are to be alerted.
+    pub fn take_back(
+        &self,
+        interface: &mut Interface,
+        home: impl Fn(Target) -> Option<usize>,
+        mark: impl Fn(usize),
+    ) -> VcpuSet {
+        self.exchange(interface, &home, mark, |_| ()).1
+    }
+
+    /// Brings the list registers up to date with the models. Returns what is listed, and vCPUs as above.
+    pub fn relist(
+        &self,
+        interface: &mut Interface,
+        wiring: &Wiring,
+        home: impl Fn(Target) -> Option<usize>,
+        mark: impl Fn(usize),
+    ) -> (Listing, VcpuSet) {
+        let (listing, others) = self.exchange(interface, &home, mark, |models| {
+            let (listing, any) = models.list(wiring, |target| home(target) == Some(self.index));
+            if models.shared.is_some() {
+                // What is listed counts as in flight, so whoever takes it back looks at the shared ones.
+                self.spis.store(any, Ordering::Relaxed);
+            }
+            listing
+        });
+        interface.list(&listing);
+        (listing, others)
+    }
+
+    fn exchange<R>(
+        &self,
+        interface: &mut Interface,
+        home: &impl Fn(Target) -> Option<usize>,
+        mark: impl Fn(usize),
+        work: impl FnOnce(&mut Models<'_>) -> R,
+    ) -> (R, VcpuSet) {
+        let mut private = self.private.lock();
+        let mut shared = self
+            .spis
+            .load(Ordering::Relaxed)
+            .then(|| self.shared.lock());
+        let mut models = Models {
+            home: self.index,
+            private: &mut private,
+            shared: shared.as_deref_mut(),
+        };
+        let mut returned = SpiSet::default();
+        interface.take_back(|what| models.take_back(what, &mut returned));
+        models.private.settle();
+        let shared = models.shared.as_deref();
+        let concern = |shared| concern(shared, returned, home, mark);
+        let mut others = shared.map(concern).unwrap_or_default();
+        others.remove(self.index);
+        (work(&mut models), others)
     }
 }
 

@@ -1,7 +1,7 @@
 //! The hypervisor's side of the virtual CPU interface, on the CPU that holds the vCPU: ICH_* or GICH.
 
 use super::listing::{Listing, MOST_LISTS};
-use super::lists::{Entry, Format, State};
+use super::lists::{Entry, Format, SGIS, State};
 use crate::arch;
 use crate::dev::gic::Gic;
 use crate::dev::mmio::Registers;
@@ -20,7 +20,11 @@ const HCR_ENABLE: u64 = 1 << 0;
 const HCR_NOT_PRESENT: u64 = 1 << 2;
 /// As above: maintenance interrupt when no listed interrupt is pending.
 const HCR_NONE_PENDING: u64 = 1 << 3;
+/// ICH_HCR_EL2: the guest's deactivations by ICC_DIR_EL1 trap.
+const HCR_TRAP_DEACTIVATION: u64 = 1 << 14;
 const HCR_EOI_COUNT: u32 = 27;
+/// ICH_VMCR_EL2 and GICH_VMCR: EOImode.
+const VMCR_EOI_MODE: u64 = 1 << 9;
 
 /// Where the registers are.
 #[derive(Clone, Copy, Debug)]
@@ -52,6 +56,8 @@ pub struct Interface {
     /// Active interrupts are not listed.
     active_left: bool,
     hcr: u64,
+    /// What HCR has in any case.
+    always: u64,
 }
 
 /// What has become of interrupts in flight.
@@ -64,22 +70,27 @@ pub enum Returned<'a> {
 }
 
 /// What the virtual CPU interface of a vCPU that is not resident holds beside listed interrupts.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct Saved {
-    vmcr: u64,
-    active_priorities: [u64; 8],
+    /// ICH_VMCR_EL2 or GICH_VMCR.
+    pub vmcr: u64,
+    /// ICH_AP0R0 to 3 and ICH_AP1R0 to 3, or GICH_APR.
+    pub active_priorities: [u64; 8],
 }
 
 impl Interface {
     /// Turns this CPU's virtual interface on with `saved`; nothing is listed.
     pub fn load(access: Access, saved: &Saved) -> Self {
+        let traps = matches!(access, Access::V3) && arch::ich_traps_deactivation();
+        let always = HCR_ENABLE | if traps { HCR_TRAP_DEACTIVATION } else { 0 };
         let this = Self {
             access,
             count: count(access),
             listed: [None; MOST_LISTS],
             in_use: false,
             active_left: false,
-            hcr: HCR_ENABLE,
+            hcr: always,
+            always,
         };
         match access {
             Access::V3 => {
@@ -91,7 +102,7 @@ impl Interface {
                 gich.write(GICH_APR, low_word(saved.active_priorities[0]));
             }
         }
-        this.set_hcr(HCR_ENABLE);
+        this.set_hcr(always);
         this
     }
 
@@ -131,6 +142,15 @@ impl Interface {
         self.in_use
     }
 
+    /// Whether the guest has chosen to deactivate interrupts apart from dropping their priority.
+    pub fn has_eoi_mode(&self) -> bool {
+        let vmcr = match self.access {
+            Access::V3 => arch::ich_vmcr(),
+            Access::V2(gich) => u64::from(gich.read(GICH_VMCR)),
+        };
+        vmcr & VMCR_EOI_MODE != 0
+    }
+
     /// Empties the list registers, telling `each` what became of every interrupt.
     pub fn take_back(&mut self, mut each: impl FnMut(Returned<'_>)) {
         if !self.in_use {
@@ -153,17 +173,16 @@ impl Interface {
         }
     }
 
-    /// If nothing is in flight but one interrupt, not linked to hardware, that the guest has ended: `Some` of its number. If
-    /// nothing is: `Some(None)`. Its list register is free then.
+    /// If nothing is in flight but one SGI that the guest has ended: `Some` of what was listed. If nothing is: `Some(None)`. Its list register is free then.
     #[inline]
-    pub fn only_ended(&self) -> Option<Option<u16>> {
+    pub fn only_ended(&self) -> Option<Option<Entry>> {
         if !self.in_use {
             return Some(None);
         }
         let [Some(entry), None, ..] = &self.listed else {
             return None;
         };
-        if entry.hardware.is_some() || self.hcr != HCR_ENABLE {
+        if entry.intid >= SGIS || self.hcr != self.always {
             return None;
         }
         if matches!(self.access, Access::V3) {
@@ -174,7 +193,7 @@ impl Interface {
             Access::V3 => arch::ich_lr(0),
             Access::V2(gich) => u64::from(gich.read(GICH_LR)),
         };
-        self.format().is_free(left).then_some(Some(entry.intid))
+        self.format().is_free(left).then_some(Some(*entry))
     }
 
     /// Lists `entry` alone, after [`Interface::only_ended`] has said that there is nothing else.
@@ -200,7 +219,7 @@ impl Interface {
         }
         self.listed = listing.entries;
         let when = |left, maintenance| if left { maintenance } else { 0 };
-        let hcr = HCR_ENABLE
+        let hcr = self.always
             | when(listing.pending_left, HCR_NONE_PENDING)
             | when(listing.active_left, HCR_NOT_PRESENT);
         // Writing it also resets the count of ended interrupts.
@@ -337,12 +356,12 @@ mod tests {
             private.send(intid, 0);
         }
         relist(&mut private, &mut interface);
-        assert_eq!(arch::ich_hcr(), 0b1001);
+        assert_eq!(arch::ich_hcr(), 1 << 14 | 0b1001);
         for index in 0..4 {
             arch::set_ich_lr(index, 0);
         }
         relist(&mut private, &mut interface);
-        assert_eq!(arch::ich_hcr(), 0b0001);
+        assert_eq!(arch::ich_hcr(), 1 << 14 | 0b0001);
         assert_eq!(Format::V3.decode(arch::ich_lr(0)).unwrap().intid, 4);
     }
 }

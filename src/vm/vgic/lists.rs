@@ -43,7 +43,7 @@ pub enum Format {
 }
 
 const PRIORITY: u64 = 0xf8;
-const SGIS: u16 = 16;
+pub(super) const SGIS: u16 = 16;
 /// From here on numbers are special or LPIs'.
 const INTIDS: u16 = 1020;
 

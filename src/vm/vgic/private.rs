@@ -4,6 +4,14 @@
 //! to the virtual CPU interface; taking back ([`Private::take_back`]) reads what the guest made of them. Both happen on the
 //! vCPU's own CPU and only when something changed, so a vCPU without interrupts in flight costs nothing.
 //!
+//! # While interrupts are listed
+//!
+//! The vCPU itself takes everything back before it looks at pending or active bits. Others that look at them while some
+//! are listed ask ([`Private::ask`]), make the vCPU take them back, and read what it then found. What others write is
+//! recorded for when the interrupt comes back.
+//!
+//! # Kinds
+//!
 //! PPIs are level-sensitive, and ICFGR1 says so: pending while the device asserts its line, or from a write to ISPENDR
 //! until the guest takes it. A listed one asks for maintenance when the guest ends it, so that a line that is still
 //! asserted makes it pending again.
@@ -48,6 +56,93 @@ pub struct Private {
     pub(super) taken_anew: bool,
     /// Behind the interrupt that the guest took last: the next of its priority to be listed.
     pub(super) turn: u16,
+    /// In list registers.
+    pub(super) listed: u32,
+    /// Of those listed, what is to become of them when they come back.
+    later: Later,
+    /// Somebody waits for what comes back.
+    asked: bool,
+    /// What was there when somebody had asked, and how often that was.
+    answer: Answer,
+    /// GICR_WAKER.ProcessorSleep. Whether an interrupt is delivered does not depend on it.
+    pub(super) sleeps: bool,
+}
+
+/// What others wrote to bits of listed interrupts.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub(super) struct Later {
+    /// Not pending any more from what they were then.
+    pub(super) unpend: u32,
+    /// Pending, even if the guest has taken them in between.
+    pub(super) pend: u32,
+    /// Active.
+    pub(super) activate: u32,
+    /// Not active any more.
+    pub(super) deactivate: u32,
+}
+
+impl Later {
+    /// Nothing.
+    pub(super) const NONE: Self = Self {
+        unpend: 0,
+        pend: 0,
+        activate: 0,
+        deactivate: 0,
+    };
+
+    /// What becomes of `it`, which comes back pending and active as given: the same, and whether it is to be made pending.
+    pub(super) fn apply(&mut self, it: u32, pending: bool, active: bool) -> (bool, bool, bool) {
+        let Self {
+            unpend,
+            pend,
+            activate,
+            deactivate,
+        } = *self;
+        *self = Self {
+            unpend: unpend & !it,
+            pend: pend & !it,
+            activate: activate & !it,
+            deactivate: deactivate & !it,
+        };
+        let active = active || activate & it != 0;
+        (
+            pending && unpend & it == 0,
+            active && deactivate & it == 0,
+            pend & it != 0,
+        )
+    }
+
+    /// A write made `bits` pending, or ended that.
+    pub(super) fn set_pending(&mut self, bits: u32, pending: bool) {
+        if pending {
+            self.pend |= bits;
+        } else {
+            self.pend &= !bits;
+            self.unpend |= bits;
+        }
+    }
+
+    /// A write made `bits` active, or ended that.
+    pub(super) fn set_active(&mut self, bits: u32, active: bool) {
+        if active {
+            self.activate |= bits;
+            self.deactivate &= !bits;
+        } else {
+            self.deactivate |= bits;
+            self.activate &= !bits;
+        }
+    }
+}
+
+/// The pending and active bits of a vCPU that were read when nothing was listed.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Answer {
+    /// How many answers there were.
+    pub number: u32,
+    /// What ISPENDR reads.
+    pub pending: u32,
+    /// What ISACTIVER reads.
+    pub active: u32,
 }
 
 /// What a vCPU's interrupts depend on beside their own state.
@@ -88,6 +183,15 @@ impl Private {
             held: 0,
             taken_anew: false,
             turn: 0,
+            listed: 0,
+            later: Later::NONE,
+            asked: false,
+            answer: Answer {
+                number: 0,
+                pending: 0,
+                active: 0,
+            },
+            sleeps: true,
         }
     }
 
@@ -161,8 +265,11 @@ impl Private {
             return;
         };
         let (it, index) = (bit(intid), usize::from(intid));
-        let pending = state.is_some_and(State::is_pending);
-        if state.is_some_and(State::is_active) {
+        self.listed &= !it;
+        let untaken = state.is_some_and(State::is_pending);
+        let handled = state.is_some_and(State::is_active);
+        let (pending, active, again) = self.later.apply(it, untaken, handled);
+        if active {
             self.active |= it;
             if let Some(sender) = self.sender.get_mut(index) {
                 *sender = listed.source;
@@ -174,8 +281,11 @@ impl Private {
             }
             return;
         }
-        if listed.state.is_pending() && !pending {
+        if listed.state.is_pending() && !untaken {
             self.pending &= !it;
+        }
+        if again {
+            self.pending |= it;
         }
         let ended = listed.hardware.is_some() && state.is_none();
         if ended && !core::mem::take(&mut self.taken_anew) {
@@ -188,6 +298,64 @@ impl Private {
         if listed.state.is_pending() && !state.is_some_and(State::is_pending) {
             self.turn = listed.intid + 1;
         }
+    }
+
+    /// What the pending and active bits are; `None` while interrupts are listed.
+    pub fn look(&self) -> Option<Answer> {
+        (self.listed == 0).then(|| Answer {
+            pending: self.all_pending(),
+            active: self.active,
+            number: self.answer.number,
+        })
+    }
+
+    /// Asks for the next answer, which the vCPU gives when it takes its interrupts back. Returns the last one.
+    pub fn ask(&mut self) -> Answer {
+        self.asked = true;
+        self.answer
+    }
+
+    /// The last answer.
+    pub fn answer(&self) -> Answer {
+        self.answer
+    }
+
+    /// Nothing is listed now: answers who asked.
+    pub fn settle(&mut self) {
+        if !core::mem::take(&mut self.asked) {
+            return;
+        }
+        self.answer = Answer {
+            number: self.answer.number.wrapping_add(1),
+            pending: self.all_pending(),
+            active: self.active,
+        };
+    }
+
+    /// A write made interrupts active, or ended that.
+    pub(super) fn set_active(&mut self, bits: u32, active: bool) {
+        self.later.set_active(bits & self.listed, active);
+        let here = bits & !self.listed;
+        self.active = if active {
+            self.active | here
+        } else {
+            self.active & !here
+        };
+    }
+
+    /// A write made PPIs pending, or ended that.
+    pub(super) fn set_pending(&mut self, bits: u32, pending: bool) {
+        self.later.set_pending(bits & self.listed, pending);
+        self.pending = if pending {
+            self.pending | bits
+        } else {
+            self.pending & !bits
+        };
+    }
+
+    /// Of the SGIs that are listed, `bits` are not to be pending when they come back.
+    pub(super) fn unpend_listed(&mut self, bits: u32) {
+        self.later.set_pending(bits & self.listed, false);
     }
 
     /// The most urgent active interrupt: its priority and its number.
@@ -226,13 +394,19 @@ impl Private {
         let intid = u8::try_from(pending.trailing_zeros()).ok()?;
         let only = pending & !SGI_BITS == 0 && pending.is_power_of_two();
         let one_sender = self.senders_of(intid).is_power_of_two();
-        (only && one_sender && self.active | self.held == 0).then(|| self.sgi(intid, true, false))
+        let plain = self.active | self.held == 0 && !self.asked && self.later == Later::NONE;
+        (only && one_sender && plain).then(|| self.sgi(intid, true, false))
     }
 
-    /// The guest has taken `intid`: the turn passes to the next.
+    /// The guest has taken and ended a `listed` SGI, which was the only interrupt in flight, and [`Self::only_sgi`] has said
+    /// that nobody waits for it.
     #[inline]
-    pub fn pass_turn(&mut self, intid: u16) {
-        self.turn = intid + 1;
+    pub fn sgi_ended(&mut self, listed: &Entry) {
+        self.turn = listed.intid + 1;
+        self.listed = 0;
+        if let Some(sender) = self.sender.get_mut(usize::from(listed.intid)) {
+            *sender = listed.source;
+        }
     }
 
     fn sgi(&self, intid: u8, pending: bool, active: bool) -> Entry {
@@ -280,6 +454,7 @@ impl Private {
             return;
         };
         self.active &= !bit(intid);
+        self.listed |= bit(intid);
         if let Some(senders) = self
             .senders
             .get_mut(usize::from(intid))

@@ -45,10 +45,10 @@ impl Private {
             IGROUPR => self.group1 = value,
             ISENABLER => self.enabled |= value,
             ICENABLER => self.enabled &= !value,
-            ISPENDR => self.pending |= value & !SGI_BITS,
-            ICPENDR => self.pending &= !(value & !SGI_BITS),
-            ISACTIVER => self.active |= value,
-            ICACTIVER => self.active &= !value,
+            ISPENDR => self.set_pending(value & !SGI_BITS, true),
+            ICPENDR => self.set_pending(value & !SGI_BITS, false),
+            ISACTIVER => self.set_active(value, true),
+            ICACTIVER => self.set_active(value, false),
             IPRIORITYR..IPRIORITYR_END => self.set_priorities(offset - IPRIORITYR, value, lanes),
             _ => {}
         }
@@ -63,9 +63,22 @@ impl Private {
         let sgis = Bits(value & SGI_BITS);
         match offset {
             ISPENDR => sgis.for_each(|intid| self.send(intid, 0)),
-            ICPENDR => sgis.for_each(|intid| self.set_senders(intid, 0)),
+            ICPENDR => {
+                self.unpend_listed(value & SGI_BITS);
+                sgis.for_each(|intid| self.set_senders(intid, 0));
+            }
             _ => {}
         }
+    }
+
+    /// GICR_WAKER: ProcessorSleep, and ChildrenAsleep, which follows it at once.
+    pub fn waker(&self) -> u32 {
+        if self.sleeps { 0b110 } else { 0 }
+    }
+
+    /// Writes GICR_WAKER.
+    pub fn set_waker(&mut self, value: u32) {
+        self.sleeps = value & 0b10 != 0;
     }
 
     /// GICv2's GICD_SPENDSGIR and GICD_CPENDSGIR: the senders of four SGIs.

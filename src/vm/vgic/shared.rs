@@ -10,7 +10,7 @@
 
 use super::listing::Listing;
 use super::lists::{Entry, State};
-use super::private::{Bits, Wiring};
+use super::private::{Bits, Later, Wiring};
 
 /// The first SPI.
 pub const FIRST: u16 = 32;
@@ -53,6 +53,17 @@ pub enum Target {
     Home(usize),
 }
 
+/// The state of a word of SPIs.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Seen {
+    /// Of these, it is not known yet.
+    pub asked: u32,
+    /// What ISPENDR reads.
+    pub pending: u32,
+    /// What ISACTIVER reads.
+    pub active: u32,
+}
+
 /// IROUTER.Interrupt_Routing_Mode: any vCPU.
 pub(super) const ANY: u32 = 1 << 31;
 /// IROUTER.Aff2, Aff1 and Aff0; no vCPU has another Aff3 than 0, as GICD_TYPER.A3V says.
@@ -78,6 +89,12 @@ pub struct Shared {
     pub(super) route: [u32; COUNT],
     /// The vCPU that has an SPI listed or handles it.
     pub(super) home: [u16; COUNT],
+    /// Of those listed, what is to become of them when they come back.
+    pub(super) later: [Later; WORDS],
+    /// Somebody waits for these to come back.
+    asked: [u32; WORDS],
+    /// Of those that somebody waited for, which were pending and which active.
+    found: [(u32, u32); WORDS],
 }
 
 impl Shared {
@@ -96,6 +113,9 @@ impl Shared {
             priority: [0; COUNT],
             route: [0; COUNT],
             home: [0; COUNT],
+            later: [Later::NONE; WORDS],
+            asked: [0; WORDS],
+            found: [(0, 0); WORDS],
         }
     }
 
@@ -161,20 +181,109 @@ impl Shared {
         of(&self.pending) | of(&self.line) & !of(&self.edge)
     }
 
-    /// Takes back what vCPU `home` had `listed`, in the state the guest left it (`None`: deactivated).
+    /// Takes back what its home had `listed`, in the state the guest left it (`None`: deactivated).
     pub fn take_back(&mut self, listed: &Entry, state: Option<State>) {
         let Some(place) = Place::of(listed.intid) else {
             return;
         };
-        let pending = state.is_some_and(State::is_pending);
+        let untaken = state.is_some_and(State::is_pending);
+        let handled = state.is_some_and(State::is_active);
+        let later = self.later.get_mut(place.word);
+        let (pending, active, again) = later.map_or((untaken, handled, false), |later| {
+            later.apply(place.mask(), untaken, handled)
+        });
         place.set(&mut self.listed, false);
-        place.set(&mut self.active, state.is_some_and(State::is_active));
+        place.set(&mut self.active, active);
         if place.get(&self.edge) {
             if pending {
                 place.set(&mut self.pending, true);
             }
-        } else if listed.state.is_pending() && !pending {
+        } else if listed.state.is_pending() && !untaken {
             place.set(&mut self.pending, false);
+        }
+        if again {
+            place.set(&mut self.pending, true);
+        }
+        self.answer(place);
+    }
+
+    fn answer(&mut self, place: Place) {
+        if !place.get(&self.asked) {
+            return;
+        }
+        place.set(&mut self.asked, false);
+        let (pending, active) = (self.is_pending(place), place.get(&self.active));
+        if let Some(found) = self.found.get_mut(place.word) {
+            let set =
+                |bits: u32, it: bool| bits & !place.mask() | if it { place.mask() } else { 0 };
+            *found = (set(found.0, pending), set(found.1, active));
+        }
+    }
+
+    /// What is pending and active of a word. Those SPIs of it that are listed are asked for: their homes are to take them back,
+    /// and [`Self::found`] then completes what was seen.
+    pub fn ask(&mut self, word: usize) -> Seen {
+        let of = |words: &[u32; WORDS]| words.get(word).copied().unwrap_or(0);
+        let seen = Seen {
+            asked: of(&self.listed),
+            pending: self.all_pending(word),
+            active: of(&self.active),
+        };
+        if let Some(asked) = self.asked.get_mut(word) {
+            *asked |= seen.asked;
+        }
+        seen
+    }
+
+    /// Completes what was `seen` of a word. `None`: not everything that was asked for has come back.
+    pub fn found(&self, word: usize, seen: Seen) -> Option<Seen> {
+        let found = self.found.get(word).copied().unwrap_or_default();
+        let missing = self.asked.get(word).copied().unwrap_or(0) & seen.asked;
+        let complete = |found: u32, seen_then: u32| found & seen.asked | seen_then & !seen.asked;
+        (missing == 0).then(|| Seen {
+            asked: 0,
+            pending: complete(found.0, seen.pending),
+            active: complete(found.1, seen.active),
+        })
+    }
+
+    /// A write makes SPIs of a word active: on the vCPU that they are for, unless another handles them.
+    pub(super) fn activate(
+        &mut self,
+        word: usize,
+        bits: u32,
+        home: impl Fn(Target) -> Option<usize>,
+    ) {
+        for bit in Bits(bits) {
+            let place = Place { word, bit };
+            let handler = home(self.target(place)).and_then(|home| u16::try_from(home).ok());
+            if let (Some(of), Some(handler)) = (self.home.get_mut(place.index()), handler) {
+                *of = handler;
+            }
+        }
+        self.set_active(word, bits, true);
+    }
+
+    /// A write made SPIs of a word pending, or ended that.
+    pub(super) fn set_pending(&mut self, word: usize, bits: u32, pending: bool) {
+        let listed = self.listed.get(word).copied().unwrap_or(0);
+        if let Some(later) = self.later.get_mut(word) {
+            later.set_pending(bits & listed, pending);
+        }
+        if let Some(word) = self.pending.get_mut(word) {
+            *word = if pending { *word | bits } else { *word & !bits };
+        }
+    }
+
+    /// A write made SPIs of a word active, or ended that.
+    pub(super) fn set_active(&mut self, word: usize, bits: u32, active: bool) {
+        let listed = self.listed.get(word).copied().unwrap_or(0);
+        if let Some(later) = self.later.get_mut(word) {
+            later.set_active(bits & listed, active);
+        }
+        let here = bits & !listed;
+        if let Some(word) = self.active.get_mut(word) {
+            *word = if active { *word | here } else { *word & !here };
         }
     }
 
@@ -186,10 +295,10 @@ impl Shared {
             .min()
     }
 
-    /// A guest has ended SPI `intid`, which is not listed.
+    /// A guest has ended SPI `intid`; one that is listed is ended when it comes back.
     pub fn deactivate(&mut self, intid: u16) {
         if let Some(place) = Place::of(intid) {
-            place.set(&mut self.active, false);
+            self.set_active(place.word, place.mask(), false);
         }
     }
 
@@ -333,8 +442,8 @@ mod tests {
     /// SPI 33 level-sensitive, SPI 40 edge-triggered, both enabled and for vCPU 0.
     fn enabled() -> Shared {
         let mut shared = Shared::new(Routing::Affinity);
-        shared.write(0x104, 1 << 1 | 1 << 8, u32::MAX);
-        shared.write(0xc08, 0b10 << 16, u32::MAX);
+        shared.write(0x104, 1 << 1 | 1 << 8, u32::MAX, |_| None);
+        shared.write(0xc08, 0b10 << 16, u32::MAX, |_| None);
         shared
     }
 
@@ -413,11 +522,11 @@ mod tests {
     fn an_interrupt_is_listed_by_its_home_only() {
         let mut shared = enabled();
         shared.pulse(40);
-        shared.write(0x6000 + 8 * 40, 5, u32::MAX);
+        shared.write(0x6000 + 8 * 40, 5, u32::MAX, |_| None);
         assert_eq!(shared.concerned(40), Some(Target::Affinity(5)));
         assert_eq!(list(&mut shared, 0), []);
         let entry = list(&mut shared, 5)[0];
-        shared.write(0x6000 + 8 * 40, 0, u32::MAX);
+        shared.write(0x6000 + 8 * 40, 0, u32::MAX, |_| None);
         shared.pulse(40);
         assert_eq!(shared.concerned(40), Some(Target::Home(5)));
         assert_eq!(list(&mut shared, 0), [], "vCPU 5 has it");
@@ -431,11 +540,11 @@ mod tests {
     #[test]
     fn what_is_disabled_concerns_nobody() {
         let mut shared = enabled();
-        shared.write(0x184, u32::MAX, u32::MAX);
+        shared.write(0x184, u32::MAX, u32::MAX, |_| None);
         assert!(shared.set_line(33, true) && shared.pulse(40));
         assert_eq!((shared.concerned(33), shared.concerned(40)), (None, None));
         assert_eq!(shared.read(0x204), 1 << 1 | 1 << 8);
-        shared.write(0x284, u32::MAX, u32::MAX);
+        shared.write(0x284, u32::MAX, u32::MAX, |_| None);
         assert_eq!(shared.read(0x204), 1 << 1, "a level cannot be cleared");
     }
 

@@ -7,13 +7,15 @@ use super::registers::{
     ICACTIVER, ICENABLER, ICFGR0, ICPENDR, IGROUPR, IPRIORITYR, ISACTIVER, ISENABLER, ISPENDR,
     gather, lanes_of, spread,
 };
-use super::shared::{AFFINITY, ANY, FIRST, Routing, SPIS, Shared, WORDS};
+use super::shared::{AFFINITY, ANY, FIRST, Routing, SPIS, Shared, Target, WORDS};
 
 const ITARGETSR: u64 = 0x800;
 const IROUTER: u64 = 0x6000;
 /// The highest priority bits are implemented.
 pub(super) const PRIORITY: u8 = 0xf8;
 
+/// Words of SPIs.
+pub const WORDS_OF_SPIS: u64 = WORDS as u64;
 const END: u64 = (FIRST + SPIS) as u64;
 
 /// What the word at an offset is of.
@@ -29,6 +31,24 @@ enum Field {
     Configuration(usize, u32),
     /// The lower word of IROUTER.
     Route(usize),
+}
+
+/// The word of SPIs that the register at `offset` has one bit each of.
+pub fn word_of(offset: u64) -> Option<usize> {
+    match field(offset, Routing::Affinity) {
+        Some(Field::Bits(_, word)) => Some(word),
+        _ => None,
+    }
+}
+
+/// Whether the bytes of the register at `offset` can be accessed.
+pub fn has_bytes(offset: u64) -> bool {
+    (IPRIORITYR..ICFGR0).contains(&offset)
+}
+
+/// Whether `offset` is of an IROUTER, the lower half or the upper.
+pub fn is_route(offset: u64) -> bool {
+    matches!(field(offset & !7, Routing::Affinity), Some(Field::Route(_)))
 }
 
 /// Which SPIs the register at `offset` is of; none where nothing is.
@@ -110,7 +130,14 @@ impl Shared {
     }
 
     /// Writes the word at `offset`, a multiple of four; `lanes` selects bytes (only priorities and targets have bytes).
-    pub fn write(&mut self, offset: u64, value: u32, lanes: u32) {
+    /// `home` knows the vCPU that a target means.
+    pub fn write(
+        &mut self,
+        offset: u64,
+        value: u32,
+        lanes: u32,
+        home: impl Fn(Target) -> Option<usize>,
+    ) {
         match field(offset, self.routing) {
             Some(Field::Priorities(first)) => {
                 for (it, value) in lanes_of(value, lanes) {
@@ -121,6 +148,7 @@ impl Shared {
             }
             Some(Field::Targets(first)) => self.set_targets(first, value, lanes),
             _ if lanes != u32::MAX => {}
+            Some(Field::Bits(ISACTIVER, word)) => self.activate(word, value, home),
             Some(Field::Bits(base, word)) => self.write_bits(base, word, value),
             Some(Field::Configuration(word, up)) => {
                 if let Some(edge) = self.edge.get_mut(word) {
@@ -146,10 +174,9 @@ impl Shared {
             }
             ISENABLER => (&mut self.enabled, true),
             ICENABLER => (&mut self.enabled, false),
-            ISPENDR => (&mut self.pending, true),
-            ICPENDR => (&mut self.pending, false),
-            ISACTIVER => (&mut self.active, true),
-            ICACTIVER => (&mut self.active, false),
+            ISPENDR => return self.set_pending(word, value, true),
+            ICPENDR => return self.set_pending(word, value, false),
+            ICACTIVER => return self.set_active(word, value, false),
             _ => return,
         };
         if let Some(word) = words.get_mut(word) {
@@ -161,14 +188,19 @@ impl Shared {
         let Routing::Targets(vcpus) = self.routing else {
             return;
         };
-        let exist =
-            0xff_u8.unbounded_shr(u32::try_from(8_usize.saturating_sub(vcpus)).unwrap_or(8));
+        let exist = targets(vcpus);
         for (it, value) in lanes_of(value, lanes) {
             if let Some(route) = self.route.get_mut(first + it) {
                 *route = u32::from(value & exist);
             }
         }
     }
+}
+
+/// The bits of a byte of ITARGETSR that are vCPUs.
+pub(super) fn targets(vcpus: usize) -> u8 {
+    let missing = 8_usize.saturating_sub(vcpus);
+    u8::MAX.unbounded_shr(u32::try_from(missing).unwrap_or(8))
 }
 
 fn of_four<T: Copy>(each: &[T], first: usize, byte: impl Fn(T) -> u8) -> [u8; 4] {
@@ -210,7 +242,7 @@ mod tests {
         for routing in [Routing::Affinity, Routing::Targets(3)] {
             let mut shared = Shared::new(routing);
             for offset in (0..0x1_0000).step_by(4) {
-                shared.write(offset, u32::MAX, u32::MAX);
+                shared.write(offset, u32::MAX, u32::MAX, |_| None);
             }
             // Written in order of their offsets: each bank that clears comes behind the one that sets.
             for (offset, value) in [
