@@ -30,6 +30,7 @@ mod shadow;
 mod share;
 mod split;
 mod starve;
+mod storm;
 mod verify;
 
 use alloc::string::String;
@@ -61,7 +62,7 @@ pub fn main(host: &'static Host, arguments: &str, images: Images<'_>) -> Result<
         && *most > enough
         && !matches!(
             params.suite,
-            Suite::None | Suite::Selftest | Suite::Share | Suite::Lives
+            Suite::None | Suite::Selftest | Suite::Share | Suite::Storm | Suite::Lives
         )
     {
         return Err(alloc::format!(
@@ -97,6 +98,7 @@ pub fn main(host: &'static Host, arguments: &str, images: Images<'_>) -> Result<
         Suite::Ages => ages::run(&stage)?,
         Suite::Share => share::run(&stage)?,
         Suite::Moves => moves::run(&stage)?,
+        Suite::Storm => storm::run(&stage)?,
         Suite::Lives => lives::run(&stage)?,
         Suite::Exit => exit::run(&stage)?,
         Suite::Ipi => ipi::run(&stage)?,

@@ -45,6 +45,8 @@ pub enum Suite {
     Moves,
     /// VMs come and go.
     Lives,
+    /// Interrupts between all vCPUs, as many as they can send.
+    Storm,
     /// What exits of each kind cost.
     Exit,
     /// The kernel's IPI benchmark.
@@ -108,6 +110,8 @@ pub struct Params {
     pub rounds: u64,
     /// Suite `share`: what the vCPUs of each VM weigh.
     pub weights: Vec<u32>,
+    /// Suite `storm`: how often each vCPU's timer ticks in a second.
+    pub tick_hz: u64,
     /// Suite `share`: milliseconds that are counted.
     pub run_ms: u64,
     /// Policies of splitting; suites that do not compare them take the first.
@@ -210,6 +214,7 @@ impl Default for Params {
             rounds: 16,
             weights: Vec::from([100, 300]),
             run_ms: 2000,
+            tick_hz: 1000,
             splitting: Vec::from([Policy::Fault]),
             bbm: Vec::from([Choice::Auto]),
             bbm_batch: 16,
@@ -243,7 +248,7 @@ const SIZES: [(&str, u64, Level); 3] = [
     ("2m", 2 << 20, Level::L2),
     ("1g", 1 << 30, Level::L1),
 ];
-const SUITES: [(&str, Suite); 20] = [
+const SUITES: [(&str, Suite); 21] = [
     ("none", Suite::None),
     ("dirty", Suite::Dirty),
     ("verify", Suite::Verify),
@@ -262,6 +267,7 @@ const SUITES: [(&str, Suite); 20] = [
     ("ipi", Suite::Ipi),
     ("share", Suite::Share),
     ("moves", Suite::Moves),
+    ("storm", Suite::Storm),
     ("lives", Suite::Lives),
     ("linux", Suite::Linux),
 ];
@@ -362,6 +368,7 @@ impl Params {
             "budget" => self.budget = number(key, value, 1, 100)?,
             "passes" => self.passes = number(key, value, 1, 1 << 20)?,
             "weights" => self.weights = list(value, |word| number(key, word, 1, 1000))?,
+            "tick-hz" => self.tick_hz = number(key, value, 1, 100_000)?,
             "run-ms" => self.run_ms = number(key, value, 1, 100_000)?,
             "pattern" => self.pattern = pattern(key, value)?,
             "receivers" => self.receivers = named(key, value, &RECEIVERS)?,
@@ -607,6 +614,7 @@ mod tests {
             rounds: 5,
             weights: Vec::from([100, 300]),
             run_ms: 2000,
+            tick_hz: 1000,
             splitting: vec![Policy::Clear, Policy::FaultEmpty],
             bbm: vec![Choice::Auto, Choice::Fixed(Bbm::Two)],
             bbm_batch: 64,

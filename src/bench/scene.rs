@@ -420,6 +420,11 @@ impl Scene {
         self.words(offset_of!(abi::Area, rounds))
     }
 
+    /// Timer interrupts that each vCPU has taken.
+    pub(super) fn timer_ticks(&self) -> Result<Vec<u64>, Refusal> {
+        self.words(offset_of!(abi::Area, timer_ticks))
+    }
+
     /// Operations that each vCPU has done.
     pub(super) fn operations(&self) -> Result<Vec<u64>, Refusal> {
         self.words(offset_of!(abi::Area, operations))

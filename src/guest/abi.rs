@@ -44,6 +44,9 @@ pub mod op {
     /// part that is stored to and x4 the part that is loaded from, each first page << 32 | pages, going on at the region's
     /// start where it ends. Rounds done are counted in [`super::Area::rounds`]. Result: rounds.
     pub const ROUNDS: u64 = 12;
+    /// Every vCPU: the interrupt storm. x1 SGIs to send, x2 nonzero if each waits for the one before, x3 period of the timer in
+    /// ticks, x4 seed. Results: SGIs handled, bit mask of what failed.
+    pub const STORM: u64 = 17;
     /// x1 ticks of the timer, each of whose handlers waits between acknowledging and ending it, until
     /// [`super::Area::released`] permits. Results: ticks, and how many came other than once.
     pub const HELD_TICKS: u64 = 16;
@@ -114,6 +117,9 @@ pub mod flags {
     /// Keep the write log.
     pub const LOG: u64 = 1 << 9;
 }
+
+/// SGIs that the storm uses.
+pub const STORM_SGIS: usize = 8;
 
 /// Status of a finished operation.
 pub mod status {
@@ -210,6 +216,16 @@ pub struct Area {
     pub held: AtomicU64,
     /// Handlers up to this number may end. Written by the hypervisor.
     pub released: AtomicU64,
+    /// [`op::STORM`], by SGI: how many were sent to this vCPU. Written by the senders.
+    pub storm_sent: [AtomicU64; STORM_SGIS],
+    /// As above: what the handler last saw there.
+    pub storm_seen: [AtomicU64; STORM_SGIS],
+    /// As above: handlers that ran.
+    pub storm_taken: AtomicU64,
+    /// As above: ticks between two interrupts of the timer, zero for one only.
+    pub storm_period: AtomicU64,
+    /// As above: this vCPU has sent everything.
+    pub storm_done: AtomicU64,
     /// The lock that [`ipi::BROADCAST_LOCK`] takes, in the area of vCPU 0.
     pub lock: AtomicU64,
     /// Times it was taken.

@@ -4,7 +4,7 @@ use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use vellum::guest::abi::Area;
 
-use super::{Done, area_of, asm, gic, ipi, params, this_area};
+use super::{Done, area_of, asm, gic, ipi, params, storm, this_area};
 
 /// The SGI whose handler answers.
 pub(super) const IPI: u64 = 3;
@@ -27,7 +27,9 @@ extern "C" fn guest_irq() {
         gic::TIMER => {
             bump(&area.timer_ticks);
             hold(area);
-            asm::set_timer_control(TIMER_MASKED);
+            if !storm::tick(area) {
+                asm::set_timer_control(TIMER_MASKED);
+            }
         }
         gic::PHYSICAL_TIMER => {
             bump(&area.timer_ticks);
@@ -42,6 +44,7 @@ extern "C" fn guest_irq() {
             ipi::locked(area_of(0));
             bump(&area.ipis);
         }
+        sgi @ storm::FIRST..16 => storm::taken(area, sgi),
         // Spurious: nothing to end.
         1020.. => return,
         _ => {}

@@ -12,10 +12,10 @@ const PAGE_SHIFT: u64 = 12;
 const STORES_PER_POLL: u64 = 64;
 
 /// A xorshift generator (Marsaglia 2003, "Xorshift RNGs"); the bench runs the same one.
-struct Random(u64);
+pub(super) struct Random(u64);
 
 impl Random {
-    fn new(seed: u64) -> Self {
+    pub(super) fn new(seed: u64) -> Self {
         Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
     }
 
@@ -26,7 +26,7 @@ impl Random {
         self.0
     }
 
-    fn below(&mut self, bound: u64) -> u64 {
+    pub(super) fn below(&mut self, bound: u64) -> u64 {
         self.next() % bound
     }
 }

@@ -67,6 +67,7 @@ impl Table<'_> {
             let append = "suite=selftest vcpus=5 locking=rwlock";
             cases.push(self.case(name, machine, append, Expect::Good(guest_is_content)));
         }
+        cases.extend(self.storms());
         let machine = self.machine(|machine| {
             "cortex-a72".clone_into(&mut machine.cpu);
             machine.cpus = 3;
@@ -79,6 +80,49 @@ impl Table<'_> {
         ));
         cases
     }
+
+    /// Interrupts between all vCPUs, with as many CPUs and with fewer.
+    fn storms(&self) -> Vec<Case> {
+        let (rounds, hz) = if self.soak {
+            (1_000_000, 10_000)
+        } else {
+            (20_000, 1000)
+        };
+        let machines = [
+            ("max", 3, 9),
+            ("cortex-a72", 2, 8),
+            ("max", 3, 4),
+            ("cortex-a72", 2, 4),
+        ];
+        let cases = machines.map(|(model, gic, cpus)| {
+            let machine = self.machine(|machine| {
+                model.clone_into(&mut machine.cpu);
+                (machine.gic, machine.cpus) = (gic, cpus);
+            });
+            let guests = cpus - 1;
+            let name = format!(
+                "an interrupt storm among eight vCPUs on {guests} CPUs loses nothing, {model}, GICv{gic}"
+            );
+            let append = format!("suite=storm vcpus=8 mib=1 rounds={rounds} tick-hz={hz}");
+            self.case(name, machine, append, Expect::Good(nothing_is_lost))
+        });
+        cases.into()
+    }
+}
+
+fn nothing_is_lost(transcripts: &[Transcript]) -> Verdict {
+    each(transcripts, |row: &Row| {
+        same(row, "failed_mask", 0.0)?;
+        let (sent, handled) = (value(row, "sent")?, value(row, "handled")?);
+        if row.case == "paced" {
+            return same(row, "handled", sent);
+        }
+        if handled > 0.0 && handled <= sent {
+            Ok(())
+        } else {
+            Err(format!("{handled} handled of {sent} sent"))
+        }
+    })
 }
 
 fn shares_are_fair(transcripts: &[Transcript]) -> Verdict {

@@ -1,0 +1,107 @@
+//! The interrupt storm: every vCPU sends SGIs to others as fast as it can, its own timer ticks, and every handler says what it
+//! saw.
+//!
+//! Each send first adds one to a number that is the receiver's and the SGI's. A handler reads that number: having run after the
+//! send it sees this one or a later one. So when all is over the last seen number is the last sent one, unless an interrupt was
+//! lost.
+
+use core::mem::offset_of;
+use core::sync::atomic::Ordering::Relaxed;
+
+use vellum::guest::abi::{self, Area, STORM_SGIS};
+
+use super::interrupts::{TIMER_OFF, TIMER_ON, bump};
+use super::pass::Random;
+use super::{Done, area_of, asm, gic, params, this_area};
+
+/// The first SGI of the storm; one for each of [`STORM_SGIS`].
+pub(super) const FIRST: u64 = 16 - STORM_SGIS as u64;
+/// Seconds after which what has not arrived is lost.
+const PATIENCE_SECONDS: u64 = 20;
+
+/// The handler of SGI `intid`.
+pub(super) fn taken(area: &Area, intid: u64) {
+    let index = (intid - FIRST) as usize;
+    let number = area.storm_sent[index].load(Relaxed);
+    area.storm_seen[index].store(number, Relaxed);
+    bump(&area.storm_taken);
+}
+
+/// The timer's handler: the next tick, if there is to be one.
+pub(super) fn tick(area: &Area) -> bool {
+    let period = area.storm_period.load(Relaxed);
+    if period != 0 {
+        asm::set_timer_value(period);
+    }
+    period != 0
+}
+
+/// Sends `sends` SGIs; if they are `paced`, each only when the one before has been handled, and by an SGI that nobody else sends.
+/// Then waits until everybody has done so and every number that was sent to this vCPU has been seen. Results: interrupts
+/// handled, and what went wrong: bit 0, a number was not seen; bit 1, the timer does not tick; bit 2, others do not end.
+pub(super) fn run(sends: u64, paced: bool, period: u64, seed: u64) -> Done {
+    let area = this_area();
+    let own = area.index.load(Relaxed);
+    let vcpus = params().vcpus;
+    let mut random = Random::new(seed ^ own << 32 ^ 0x5eed);
+    let first_tick = area.timer_ticks.load(Relaxed);
+    area.storm_period.store(period, Relaxed);
+    asm::set_timer_value(period);
+    asm::set_timer_control(TIMER_ON);
+    let mut failed = 0;
+    for _ in 0..sends {
+        let target = (own + 1 + random.below(vcpus - 1)) % vcpus;
+        let sgi = if paced {
+            own % STORM_SGIS as u64
+        } else {
+            random.below(STORM_SGIS as u64)
+        };
+        send(target, sgi);
+        let to = area_of(target);
+        let number = to.storm_sent[sgi as usize].load(Relaxed);
+        if paced && !waits_for(|| to.storm_seen[sgi as usize].load(Relaxed) >= number) {
+            failed |= 1;
+        }
+        match random.below(4) {
+            0 => {
+                asm::yield_now();
+                asm::take_interrupts();
+            }
+            1 | 2 => asm::take_interrupts(),
+            _ => {}
+        }
+    }
+    area.storm_done.store(1, Relaxed);
+    let all_done = || (0..vcpus).all(|vcpu| area_of(vcpu).storm_done.load(Relaxed) != 0);
+    failed |= u64::from(!waits_for(all_done)) << 2;
+    let seen = || {
+        let sent = area.storm_sent.iter().map(|number| number.load(Relaxed));
+        sent.eq(area.storm_seen.iter().map(|number| number.load(Relaxed)))
+    };
+    failed |= u64::from(!waits_for(seen));
+    let ticks = || area.timer_ticks.load(Relaxed) != first_tick;
+    failed |= u64::from(!waits_for(ticks)) << 1;
+    area.storm_period.store(0, Relaxed);
+    asm::set_timer_control(TIMER_OFF);
+    asm::take_interrupts();
+    Done::ok(area.storm_taken.load(Relaxed), failed)
+}
+
+fn send(target: u64, sgi: u64) {
+    let number = abi::area(target) + offset_of!(Area, storm_sent) as u64 + 8 * sgi;
+    asm::exclusive_add(number);
+    gic::send(target, FIRST + sgi);
+}
+
+/// Lets interrupts in until `holds`. False: it never does.
+fn waits_for(holds: impl Fn() -> bool) -> bool {
+    let deadline = asm::counter() + PATIENCE_SECONDS * asm::counter_hz();
+    while !holds() {
+        if asm::counter() > deadline {
+            return false;
+        }
+        asm::take_interrupts();
+        asm::yield_now();
+    }
+    true
+}
