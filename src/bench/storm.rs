@@ -24,7 +24,7 @@ pub(super) fn run(stage: &Stage<'_>) -> Result<bool, Refusal> {
         let sends = if paced == 0 {
             params.rounds
         } else {
-            params.rounds.div_ceil(10)
+            params.rounds.div_ceil(40)
         };
         let locking = params.locking.first().copied().unwrap_or(Locking::Rwlock);
         let scene = stage.open(stage.cast(locking, vcpus))?;
