@@ -52,6 +52,8 @@ pub(crate) struct Resident<'a> {
     pub(crate) reconsider: bool,
     /// When it makes way for others that are ready.
     slice_end: u64,
+    /// It makes way of its own accord.
+    yields: bool,
     /// Ticks that the CPU slept since it holds the vCPU.
     idle_ticks: u64,
     parked: MutexGuard<'a, Parked>,
@@ -108,6 +110,7 @@ impl<'a> Resident<'a> {
             deliverable: false,
             reconsider: true,
             slice_end: arch::counter().saturating_add(run::slice_ticks()),
+            yields: false,
             idle_ticks: 0,
             parked,
         }
@@ -138,7 +141,7 @@ impl<'a> Resident<'a> {
     /// Whether the vCPU would run if it were picked again, and if not, when its timers want it to.
     fn how_it_goes_on(&mut self) -> End {
         if self.is_ready() {
-            return End::Ready;
+            return if self.yields { End::Yields } else { End::Ready };
         }
         let private = self.vcpu.private.lock();
         let times = [
@@ -203,6 +206,7 @@ impl<'a> Resident<'a> {
         if shared && run::has_rival(self.cpu.0, is_over) {
             return true;
         }
+        self.yields = false;
         if is_over {
             self.slice_end = now.saturating_add(run::slice_ticks());
         }
@@ -266,6 +270,7 @@ impl<'a> Resident<'a> {
     /// Others that are ready run first now.
     pub(crate) fn end_slice(&mut self) {
         self.slice_end = 0;
+        self.yields = true;
         self.reconsider = true;
     }
 

@@ -46,6 +46,8 @@ enum State {
 pub enum End {
     /// It would go on.
     Ready,
+    /// It would go on, but another that is ready is to run first.
+    Yields,
     /// It sleeps until it is woken, or until this tick.
     Asleep(Option<u64>),
 }
@@ -169,14 +171,21 @@ impl<T> Queue<T> {
 
     /// The running turn ends at `now`; for `idle` ticks of it the CPU only waited.
     pub fn end(&mut self, now: u64, idle: u64, end: End) {
+        let least = self.least_ready();
         for entry in &mut self.entries {
             if let State::Running(since) = entry.state {
                 let since = since.wrapping_add(idle);
                 entry.runtime = entry
                     .runtime
                     .wrapping_add(weighted(now, since, entry.weight));
+                // What it was owed it has given away.
+                if let Some(least) = least.filter(|_| end == End::Yields)
+                    && !is_before(least, entry.runtime)
+                {
+                    entry.runtime = least.wrapping_add(1);
+                }
                 entry.state = match end {
-                    End::Ready => State::Ready,
+                    End::Ready | End::Yields => State::Ready,
                     End::Asleep(until) => State::Asleep(until),
                 };
             }
@@ -195,6 +204,16 @@ impl<T> Queue<T> {
     /// Whether a turn is ready that does not run.
     pub fn has_ready(&self) -> bool {
         self.entries.iter().any(|entry| entry.state == State::Ready)
+    }
+
+    fn least_ready(&self) -> Option<u64> {
+        let ready = self
+            .entries
+            .iter()
+            .filter(|entry| entry.state == State::Ready);
+        ready
+            .map(|entry| entry.runtime)
+            .reduce(|a, b| if is_before(a, b) { a } else { b })
     }
 
     fn wake(&mut self, now: u64, credit: u64, woken: impl Fn(&T) -> bool) {
@@ -318,6 +337,28 @@ mod tests {
         assert_eq!(queue.pick(SLICE, SLICE, |_| false), Some(&1));
         assert!(!queue.has_rival(SLICE, SLICE, false, |_| false));
         assert!(queue.has_rival(SLICE, SLICE, true, |_| false));
+    }
+
+    #[test]
+    fn who_yields_runs_after_another_even_if_it_is_owed_more() {
+        let mut queue = Queue::new();
+        queue.add(0, 100);
+        queue.add(1, 100);
+        queue.pick(0, SLICE, |_| false);
+        queue.end(100 * SLICE, 0, End::Ready);
+        for turn in 0..10 {
+            let now = 100 * SLICE + turn;
+            assert_eq!(queue.pick(now, SLICE, |_| false), Some(&1));
+            queue.end(now + 1, 0, End::Yields);
+            assert_eq!(queue.pick(now + 1, SLICE, |_| false), Some(&0));
+            queue.end(now + 1, 0, End::Yields);
+        }
+        // Nobody else is there to run first.
+        let alone = queue.take(|turn| *turn == 0);
+        assert!(alone.is_some());
+        queue.pick(200 * SLICE, SLICE, |_| false);
+        queue.end(200 * SLICE, 0, End::Yields);
+        assert_eq!(queue.pick(200 * SLICE, SLICE, |_| false), Some(&1));
     }
 
     #[test]
