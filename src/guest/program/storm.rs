@@ -8,6 +8,7 @@
 use core::mem::offset_of;
 use core::sync::atomic::Ordering::Relaxed;
 
+use vellum::addr::to_usize;
 use vellum::guest::abi::{self, Area, STORM_SGIS};
 
 use super::interrupts::{TIMER_OFF, TIMER_ON, bump};
@@ -21,7 +22,7 @@ const PATIENCE_SECONDS: u64 = 20;
 
 /// The handler of SGI `intid`.
 pub(super) fn taken(area: &Area, intid: u64) {
-    let index = (intid - FIRST) as usize;
+    let index = to_usize(intid - FIRST);
     let number = area.storm_sent[index].load(Relaxed);
     area.storm_seen[index].store(number, Relaxed);
     bump(&area.storm_taken);
@@ -58,8 +59,8 @@ pub(super) fn run(sends: u64, paced: bool, period: u64, seed: u64) -> Done {
         };
         send(target, sgi);
         let to = area_of(target);
-        let number = to.storm_sent[sgi as usize].load(Relaxed);
-        if paced && !waits_for(|| to.storm_seen[sgi as usize].load(Relaxed) >= number) {
+        let number = to.storm_sent[to_usize(sgi)].load(Relaxed);
+        if paced && !waits_for(|| to.storm_seen[to_usize(sgi)].load(Relaxed) >= number) {
             failed |= 1;
         }
         match random.below(4) {
