@@ -1,6 +1,6 @@
 //! Suite `moves`: a vCPU is moved to another CPU while its guest handles a tick of its timer, between acknowledging the
 //! interrupt and ending it, tick after tick. No tick is lost, none comes twice, and no CPU is left with the physical
-//! interrupt active: afterwards a timer works on each.
+//! interrupt active: afterwards a timer works on each. Then a vCPU that sleeps is moved, too.
 
 use core::mem::offset_of;
 
@@ -11,7 +11,7 @@ use crate::vm::{Command, Placement};
 use super::Refusal;
 use super::clock::Moment;
 use super::report::{Row, progress};
-use super::scene::{Cast, Scene, Stage};
+use super::scene::{Cast, Part, Scene, Stage};
 
 /// How long the guest may take to come to its next tick.
 const PATIENCE_NS: u64 = 10_000_000_000;
@@ -64,7 +64,35 @@ pub(super) fn run(stage: &Stage<'_>) -> Result<bool, Refusal> {
         .value("ticks_late", late)
         .value("cpus_stuck", stuck)
         .print();
-    Ok(ticks == params.rounds && wrong == 0 && late == 0 && stuck == 0)
+    let good = ticks == params.rounds && wrong == 0 && late == 0 && stuck == 0;
+    Ok(asleep(stage, locking)? && good)
+}
+
+/// A vCPU that sleeps is moved to and from a CPU that another keeps busy, and wakes each time.
+fn asleep(stage: &Stage<'_>, locking: Locking) -> Result<bool, Refusal> {
+    const MOVES: usize = 50;
+    const PAGE: Part = Part { first: 0, pages: 1 };
+    let guest_cpus = stage.host.cpus() - 1;
+    let open = || {
+        stage.open(Cast {
+            placement: Placement::On(1),
+            ..stage.cast(locking, 1)
+        })
+    };
+    let (busy, sleeper) = (open()?, open()?);
+    busy.run_rounds(PAGE, PAGE)?;
+    for step in 1..=MOVES {
+        sleeper.send_to(0, step % guest_cpus + 1)?;
+        sleeper.perform_one(0, command(op::HYPERCALLS, 1))?;
+    }
+    busy.end_run()?;
+    busy.close();
+    sleeper.close();
+    Row::new("moves", "asleep", stage.params.timing.name())
+        .param("guest_cpus", guest_cpus)
+        .value("moves", MOVES)
+        .print();
+    Ok(true)
 }
 
 /// Where a vCPU goes during `tick`: the next CPU, at every third tick by way of another, and at every fifth it stays.

@@ -19,6 +19,7 @@ use crate::sync::percpu;
 use crate::vm::host::{self, Host};
 use crate::vm::resident;
 use crate::vm::sched::{End, Queue, Room};
+use crate::vm::vcpu::Vcpu;
 use crate::vm::vm::Vm;
 
 /// A vCPU on a queue.
@@ -89,7 +90,9 @@ pub(crate) fn has_rival(cpu: usize, is_over: bool) -> bool {
         return false;
     };
     let mut turns = place.turns.lock();
-    turns.has_rival(arch::counter(), slice_ticks(), is_over, is_woken)
+    turns.has_rival(arch::counter(), slice_ticks(), is_over, |turn| {
+        is_woken(cpu, turn)
+    })
 }
 
 /// Sets the EL2 timer of `cpu`, the calling CPU, to the first of: `own`, the time of a sleeper on its queue, the slice's end if
@@ -106,13 +109,13 @@ pub(crate) fn set_alarm(cpu: usize, own: Option<u64>, slice_end: u64) {
     arch::set_hypervisor_timer(own.into_iter().chain(queued).min());
 }
 
-fn is_woken(turn: &Turn) -> bool {
-    turn.vm.is_stopping()
-        || turn
-            .vm
-            .vcpus()
-            .get(turn.vcpu)
-            .is_some_and(|vcpu| vcpu.attention.load(Ordering::SeqCst))
+/// Whether a turn on the queue of `cpu` has to be looked at: something for its vCPU changed, or it is here no longer. Whoever
+/// wakes a vCPU that was moved kicks its new CPU, so the old one hands it on even if it sleeps.
+fn is_woken(cpu: usize, turn: &Turn) -> bool {
+    let vcpu = turn.vm.vcpus().get(turn.vcpu);
+    let moved_or_woken =
+        |vcpu: &Vcpu| vcpu.cpu() != Some(cpu) || vcpu.attention.load(Ordering::SeqCst);
+    turn.vm.is_stopping() || vcpu.is_none_or(moved_or_woken)
 }
 
 /// What every CPU but a controller's does for ever.
@@ -145,7 +148,7 @@ fn run(host: &'static Host, cpu: usize, turn: &Turn) {
 fn pick(cpu: usize) -> Option<Turn> {
     let mut turns = PLACES.get(cpu)?.turns.lock();
     turns
-        .pick(arch::counter(), slice_ticks(), is_woken)
+        .pick(arch::counter(), slice_ticks(), |turn| is_woken(cpu, turn))
         .cloned()
 }
 

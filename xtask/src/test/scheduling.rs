@@ -152,6 +152,9 @@ fn shares_are_fair(transcripts: &[Transcript]) -> Verdict {
 
 fn no_tick_is_lost(transcripts: &[Transcript]) -> Verdict {
     each(transcripts, |row: &Row| {
+        if row.case == "asleep" {
+            return same(row, "moves", 50.0);
+        }
         for key in ["ticks_wrong", "ticks_late", "cpus_stuck"] {
             same(row, key, 0.0)?;
         }
