@@ -415,10 +415,15 @@ impl Descriptor {
         Self(self.0 & !FROZEN)
     }
 
-    /// Whether software other than who put it here may not change this: a slot in the middle of a structural change.
+    /// Whether nobody may act on what is here now but who has it: it is being replaced (rules 9 and 27), or waits to be looked
+    /// through (`lazy`). Whoever meets this looks again later; taken for a hole, it hides leaves that are writable.
     #[inline]
     pub const fn is_held(self) -> bool {
-        self.0 == BUSY || self.0 & (VALID | FROZEN) == VALID | FROZEN
+        if self.0 & VALID == 0 {
+            self.0 != 0
+        } else {
+            self.0 & FROZEN != 0
+        }
     }
 }
 
@@ -510,7 +515,7 @@ mod tests {
                 assert_eq!(descriptor.deferred_table(), Some(deferred));
                 assert_eq!(deferred.deferred_table(), None);
                 assert_eq!(Descriptor::table(deferred.address()), descriptor);
-                assert!(deferred.is_deferred() && !deferred.is_held());
+                assert!(deferred.is_deferred() && deferred.is_held());
             }
         }
     }

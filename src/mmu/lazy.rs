@@ -267,7 +267,9 @@ fn revoke_pages(
 fn take_away(slot: &Slot, level: Level, rights: Rights) -> Result<(), Busy> {
     let mut found = slot.load();
     loop {
-        let new = if found.is_held() {
+        let new = if found.is_deferred() {
+            return Ok(());
+        } else if found.is_held() {
             return Err(Busy);
         } else if found.is_table(level) {
             found.deferred()

@@ -2,7 +2,8 @@
 //!
 //! Under the shared side of the lock, by compare-and-swap, concurrently with faults. A leaf found read-only is believed
 //! only if no other debt is open (rule 11). A busy slot is some CPU between break and make: its new leaves may be writable,
-//! so the walk waits outside the lock and looks again (rule 9); so it does for a frozen leaf, whose table is being replaced.
+//! so the walk waits outside the lock and looks again (rule 9); so it does for a frozen leaf, whose table is being replaced, and
+//! for a deferred entry, below which leaves may be writable whose bits the caller has taken.
 
 use core::ops::Range;
 

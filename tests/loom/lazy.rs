@@ -177,8 +177,33 @@ impl World {
 
     fn take_and_copy(&self) {
         if take(&self.logs[0]) {
-            self.copied.store(self.cache.copy(), Ordering::Relaxed);
+            self.copy();
         }
+    }
+
+    fn copy(&self) {
+        self.copied.store(self.cache.copy(), Ordering::Relaxed);
+    }
+
+    /// A clear of what the first epoch recorded, as it ships: it has the bits, walks to the page and protects it.
+    fn clear_by_walk(&self, cpu: usize, unreached: Unreached) {
+        if !take(&self.logs[0]) {
+            return;
+        }
+        loop {
+            let active = self.domain.enter(CpuId(cpu));
+            let reached = self.walk(*self.context.load(&active));
+            if reached {
+                protect(&self.page, Level::L3);
+            }
+            drop(active);
+            if reached || unreached == Unreached::IsAHole {
+                break;
+            }
+            thread::yield_now();
+        }
+        self.invalidate();
+        self.copy();
     }
 
     /// Takes the page's bit of the current epoch, protects it and copies it.
@@ -186,11 +211,11 @@ impl World {
         if !take(&self.logs[1]) {
             return;
         }
-        // A deferred table holds nothing that the current epoch recorded.
+        // Nothing is deferred here any more, and no call is under way.
         if protect(&self.page, Level::L3) || self.debts.any() {
             self.invalidate();
         }
-        self.copied.store(self.cache.copy(), Ordering::Relaxed);
+        self.copy();
     }
 
     fn assert_nothing_lost(&self) {
@@ -204,6 +229,13 @@ impl World {
 enum Busy {
     IsWaitedFor,
     IsSkipped,
+}
+
+/// What a clear does about a page that it does not reach while a call's invalidation is not complete.
+#[derive(Clone, Copy, Eq, PartialEq)]
+enum Unreached {
+    IsWaitedFor,
+    IsAHole,
 }
 
 fn replace(slot: &Slot, old: Descriptor, new: Descriptor) {
@@ -315,6 +347,33 @@ fn good_push_down_by_a_fault_against_that_by_the_harvest() {
         world.write();
         world.assert_nothing_lost();
     });
+}
+
+/// A clear has taken the page's bit when the call comes, so the push-down does not know the page for a writable one.
+fn clear_against_call(unreached: Unreached) {
+    check(move || {
+        let world = World::new(TABLE, 0, true);
+        let clearer = {
+            let world = Arc::clone(&world);
+            thread::spawn(move || world.clear_by_walk(GUEST_CPU, unreached))
+        };
+        world.call();
+        world.harvest();
+        clearer.join().unwrap();
+        world.write();
+        world.assert_nothing_lost();
+    });
+}
+
+#[test]
+fn good_clear_waits_until_what_is_deferred_may_be_looked_through() {
+    clear_against_call(Unreached::IsWaitedFor);
+}
+
+#[test]
+#[should_panic = "a write was lost"]
+fn bad_clear_that_takes_what_is_deferred_for_a_hole_loses_a_write() {
+    clear_against_call(Unreached::IsAHole);
 }
 
 /// A writable block, recorded in the closed epoch, is being replaced by a table when the call comes.

@@ -31,7 +31,7 @@ const CLEARER: CpuId = CpuId(GUESTS);
 const SPLITTER: CpuId = CpuId(GUESTS + 1);
 
 /// What a world is made with.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 struct Plan {
     locking: Locking,
     engine: Engine,
@@ -388,7 +388,7 @@ fn stress(plan: Plan) {
         for page in 0..PAGES {
             let now = world.page(page).load(Ordering::Relaxed);
             let copied = world.copied[usize_of(page)].load(Ordering::Relaxed);
-            assert_eq!(copied, now, "page {page}: a write was lost");
+            assert_eq!(copied, now, "page {page}: a write was lost, {plan:?}");
             written += now;
         }
         assert!(written > 0, "the guests made progress");
