@@ -4,6 +4,10 @@
 //! so ready turns share the CPU by their weights. A turn that slept has not saved up for later: when it wakes it is moved
 //! up to the queue's floor, the least runtime of those that lately ran, less a credit, so that it runs soon and not for long.
 //!
+//! Changing turns is not free. One that was picked is left alone for a quarter of a slice by all who were ready then, whatever
+//! they are owed; and who yields gets behind those who would work, not only behind the next who would yield. Without either,
+//! many that wait for one by yielding keep it from ever running.
+//!
 //! Weighted runtimes wrap and are compared by their distance.
 
 use alloc::vec::Vec;
@@ -35,8 +39,8 @@ struct Entry<T> {
 enum State {
     /// Runs since this tick.
     Running(u64),
-    /// Would run.
-    Ready,
+    /// Would run, since this tick; whether it gave its last turn away.
+    Ready { since: u64, yielded: bool },
     /// Waits to be woken, or for this tick.
     Asleep(Option<u64>),
 }
@@ -107,7 +111,10 @@ impl<T> Queue<T> {
             turn,
             weight: weight.clamp(*WEIGHTS.start(), *WEIGHTS.end()),
             runtime: self.floor,
-            state: State::Ready,
+            state: State::Ready {
+                since: 0,
+                yielded: false,
+            },
         });
     }
 
@@ -122,11 +129,10 @@ impl<T> Queue<T> {
     /// most. A woken one may be behind the others by `credit` ticks at its weight.
     pub fn pick(&mut self, now: u64, credit: u64, woken: impl Fn(&T) -> bool) -> Option<&T> {
         self.wake(now, credit, woken);
-        let ready = |entry: &&mut Entry<T>| entry.state == State::Ready;
         let next = self
             .entries
             .iter_mut()
-            .filter(ready)
+            .filter(|entry| entry.is_ready())
             .reduce(|least, entry| {
                 if is_before(entry.runtime, least.runtime) {
                     entry
@@ -142,7 +148,7 @@ impl<T> Queue<T> {
     }
 
     /// Whether the running turn has to make way at `now`: somebody else is ready and is owed more, or anything if the slice
-    /// of the running one `is_over`.
+    /// of the running one, of `credit` ticks, `is_over`. In the first quarter of a slice only who woke since it began counts.
     pub fn has_rival(
         &mut self,
         now: u64,
@@ -151,22 +157,26 @@ impl<T> Queue<T> {
         woken: impl Fn(&T) -> bool,
     ) -> bool {
         self.wake(now, credit, woken);
-        let mut others = self
-            .entries
-            .iter()
-            .filter(|entry| entry.state == State::Ready);
         if is_over {
-            return others.next().is_some();
+            return self.has_ready();
         }
-        let runs = self.entries.iter().find_map(|entry| match entry.state {
-            State::Running(since) => Some(entry.runtime.wrapping_add(weighted(
-                now,
-                since,
-                entry.weight,
-            ))),
+        let running = self.entries.iter().find_map(|entry| match entry.state {
+            State::Running(since) => Some((entry, since)),
             _ => None,
         });
-        runs.is_some_and(|runs| others.any(|entry| is_before(entry.runtime, runs)))
+        let Some((running, began)) = running else {
+            return false;
+        };
+        let runs = running
+            .runtime
+            .wrapping_add(weighted(now, began, running.weight));
+        let disturbs = now.saturating_sub(began) >= credit / 4;
+        self.entries.iter().any(|entry| match entry.state {
+            State::Ready { since, .. } => {
+                (disturbs || since > began) && is_before(entry.runtime, runs)
+            }
+            _ => false,
+        })
     }
 
     /// The running turn ends at `now`; for `idle` ticks of it the CPU only waited.
@@ -185,7 +195,10 @@ impl<T> Queue<T> {
                     entry.runtime = least.wrapping_add(1);
                 }
                 entry.state = match end {
-                    End::Ready | End::Yields => State::Ready,
+                    End::Ready | End::Yields => State::Ready {
+                        since: now,
+                        yielded: end == End::Yields,
+                    },
                     End::Asleep(until) => State::Asleep(until),
                 };
             }
@@ -203,17 +216,20 @@ impl<T> Queue<T> {
 
     /// Whether a turn is ready that does not run.
     pub fn has_ready(&self) -> bool {
-        self.entries.iter().any(|entry| entry.state == State::Ready)
+        self.entries.iter().any(Entry::is_ready)
     }
 
+    /// The least runtime of those that are ready and did not yield; if all did, of those.
     fn least_ready(&self) -> Option<u64> {
-        let ready = self
-            .entries
-            .iter()
-            .filter(|entry| entry.state == State::Ready);
-        ready
-            .map(|entry| entry.runtime)
-            .reduce(|a, b| if is_before(a, b) { a } else { b })
+        let least = |yields: bool| {
+            let of_them = self.entries.iter().filter(
+                |entry| matches!(entry.state, State::Ready { yielded, .. } if yielded == yields),
+            );
+            of_them
+                .map(|entry| entry.runtime)
+                .reduce(|a, b| if is_before(a, b) { a } else { b })
+        };
+        least(false).or_else(|| least(true))
     }
 
     fn wake(&mut self, now: u64, credit: u64, woken: impl Fn(&T) -> bool) {
@@ -226,9 +242,18 @@ impl<T> Queue<T> {
                 if is_before(entry.runtime, least) {
                     entry.runtime = least;
                 }
-                entry.state = State::Ready;
+                entry.state = State::Ready {
+                    since: now,
+                    yielded: false,
+                };
             }
         }
+    }
+}
+
+impl<T> Entry<T> {
+    fn is_ready(&self) -> bool {
+        matches!(self.state, State::Ready { .. })
     }
 }
 
@@ -359,6 +384,50 @@ mod tests {
         queue.pick(200 * SLICE, SLICE, |_| false);
         queue.end(200 * SLICE, 0, End::Yields);
         assert_eq!(queue.pick(200 * SLICE, SLICE, |_| false), Some(&1));
+    }
+
+    #[test]
+    fn many_that_yield_leave_the_cpu_to_the_one_that_works() {
+        // What a change of turns takes, and what a turn runs before it yields again.
+        const CHANGE: u64 = SLICE / 100;
+        let mut queue = Queue::new();
+        for turn in 0..64 {
+            queue.add(turn, if turn % 2 == 0 { 100 } else { 1000 });
+        }
+        let (mut now, mut worked) = (0, 0);
+        while now < 1000 * SLICE {
+            let turn = queue.pick(now, SLICE, |_| false).copied();
+            let (picked, slice_end) = (now, now + SLICE);
+            now += CHANGE;
+            if turn != Some(0) {
+                now += 1;
+                queue.end(now, 0, End::Yields);
+                continue;
+            }
+            while !queue.has_rival(now, SLICE, now >= slice_end, |_| false) {
+                now += 1;
+            }
+            worked += now - picked - CHANGE;
+            queue.end(now, 0, End::Ready);
+        }
+        // 63 changes beside at least a quarter of a slice.
+        assert!(worked > 200 * SLICE, "{worked} of {now}");
+    }
+
+    #[test]
+    fn who_wakes_and_is_owed_more_runs_at_once() {
+        let mut queue = Queue::new();
+        queue.add(0, 100);
+        queue.add(1, 100);
+        queue.pick(0, SLICE, |_| false);
+        queue.end(1, 0, End::Asleep(None));
+        queue.pick(1, SLICE, |_| false);
+        queue.end(50 * SLICE, 0, End::Ready);
+        queue.pick(50 * SLICE, SLICE, |_| false);
+        let now = 50 * SLICE + 1;
+        assert!(!queue.has_rival(now, SLICE, false, |_| false));
+        assert!(queue.has_rival(now, SLICE, false, |turn| *turn == 0));
+        assert_eq!(queue.len(), 2);
     }
 
     #[test]
