@@ -41,9 +41,9 @@ impl Table<'_> {
                 "vcpus=64 weights=100",
             ),
             share(
-                "16 vCPUs get equal shares of one CPU",
+                "64 vCPUs get equal shares of one CPU",
                 2,
-                "vcpus=16 weights=100",
+                "vcpus=64 weights=100",
             ),
         ];
         let rounds = if self.soak { 100_000 } else { 10_000 };
