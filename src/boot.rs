@@ -48,7 +48,7 @@ extern "C" fn boot_cpu_main(tree: u64) -> ! {
     };
     let (shared, features) = cpus::start(&machine, &memory, shared);
     arch::set_lse(features.lse);
-    arch::set_coherent_guests(features.fwb);
+    arch::set_coherent_guests(features.fwb && features.idc, features.dic);
     introduce(&machine, &memory, &features);
     let host = host::install(share(machine, features, shared));
     cpus::release(host);

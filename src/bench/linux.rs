@@ -199,7 +199,6 @@ impl Machine {
             let copied = vm.stage2().copy_to_guest(cpu(), ipa, bytes);
             copied.map_err(|error| format!("cannot load the guest: {error}"))?;
         }
-        arch::ic_ialluis();
         Ok(Self {
             vm,
             host: stage.host,

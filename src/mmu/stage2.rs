@@ -398,7 +398,8 @@ impl Stage2 {
     /// Adds a slot; its pages are mapped when they are first touched.
     ///
     /// Rounding: none, unaligned is refused. Races: faults see the slot as a whole or not at all. TLB: nothing owed, nothing
-    /// was mapped. Cost: one snapshot, one grace period.
+    /// was mapped; instruction caches hold nothing of the memory's last owner. Cost: one snapshot, one grace period, without
+    /// CTR_EL0.DIC all instruction caches.
     ///
     /// # Errors
     ///
@@ -429,6 +430,8 @@ impl Stage2 {
             mapped,
         });
         admin.spare.is_ready = false;
+        // Nothing of the last owner's may be executed where this memory is mapped.
+        arch::forget_instructions();
         self.publish(&admin);
         Tag::new(index).map(SlotId).ok_or(Error::NoSlot)
     }

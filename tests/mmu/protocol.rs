@@ -440,3 +440,20 @@ fn good_what_is_copied_to_a_guest_is_shown_to_it() {
         drop(vm);
     });
 }
+
+/// A guest may jump to memory that it never wrote: no instruction cache holds what the memory's last owner executed there, and
+/// that is so before anybody can map it.
+#[test]
+fn good_memory_is_given_without_its_last_owners_instructions() {
+    in_each_mode(|rig| {
+        rig.machine.take_log();
+        let vm = rig.running_vm(1, Level::L3);
+        let log = rig.machine.take_log();
+        let first = |wanted: fn(&Event) -> bool| log.iter().position(wanted);
+        let forgotten = first(|event| *event == Event::ForgetInstructions);
+        let mapped = first(|event| matches!(event, Event::Descriptor { new, .. } if *new != 0));
+        assert!(forgotten.is_some());
+        assert!(mapped.is_none_or(|mapped| forgotten < Some(mapped)));
+        drop(vm);
+    });
+}

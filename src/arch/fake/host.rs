@@ -33,9 +33,6 @@ pub fn use_lse() -> bool {
 /// `DC CIVAC` over `bytes` bytes from `start`: the host is coherent.
 pub fn dc_civac_range(_start: Pa, _bytes: u64) {}
 
-/// `IC IALLUIS`: the host executes nothing of a guest's.
-pub fn ic_ialluis() {}
-
 /// Fills the page at `page` with zeros that a guest sees with its caches off, too.
 ///
 /// # Safety

@@ -50,6 +50,11 @@ pub fn show_to_guest(start: Pa, bytes: u64) {
     execute(Event::ShowToGuest(start, bytes), |_| ());
 }
 
+/// `IC IALLUIS`: the host executes nothing of a guest's.
+pub fn forget_instructions() {
+    execute(Event::ForgetInstructions, |_| ());
+}
+
 /// `DSB ISHST`: orders this CPU's earlier stores before its later invalidations, for all CPUs' walkers.
 pub fn dsb_ishst() {
     execute(Event::DsbIshst, |state| state.dsb(true, false));

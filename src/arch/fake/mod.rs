@@ -123,6 +123,8 @@ pub enum Event {
     TlbiAlle1is,
     /// EL2 showed a guest what it wrote: from where, and how many bytes.
     ShowToGuest(Pa, u64),
+    /// `IC IALLUIS`.
+    ForgetInstructions,
     /// A CPU polls for another.
     Yield,
     /// VTTBR_EL2 was loaded.

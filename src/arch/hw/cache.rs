@@ -1,8 +1,11 @@
-//! Data-cache maintenance to the point of coherency, and zeroing.
+//! Cache maintenance for memory that goes to a guest, and zeroing.
 //!
 //! A guest whose caches are off reads memory past them. Without FEAT_S2FWB a frame is therefore zeroed *and* cleaned
 //! before a guest sees it and when it leaves a guest; otherwise the guest could read what the frame's last owner
-//! left in memory below a dirty line.
+//! left in memory below a dirty line. The same where instruction fetches are past the data caches (CTR_EL0.IDC = 0).
+//!
+//! Instruction caches may hold what the last owner executed (CTR_EL0.DIC = 0), for a guest that jumps to memory that it never
+//! wrote. They are emptied when memory is given to a VM: nobody can execute it between its last owner and its next.
 
 use core::arch::asm;
 use core::sync::atomic::AtomicBool;
@@ -20,10 +23,13 @@ const DCZID_DZP: u64 = 1 << 4;
 
 static COHERENT_GUESTS: AtomicBool = AtomicBool::new(false);
 
-/// Declares whether every CPU has FEAT_S2FWB and stage 2 uses it: guests then cannot read past the caches. Called
-/// once, by boot.
-pub fn set_coherent_guests(everywhere: bool) {
-    COHERENT_GUESTS.store(everywhere, Ordering::Relaxed);
+static COHERENT_INSTRUCTIONS: AtomicBool = AtomicBool::new(false);
+
+/// Declares what every CPU has. `data`: FEAT_S2FWB, which stage 2 uses, and CTR_EL0.IDC; guests then neither read nor fetch
+/// past the caches. `instructions`: CTR_EL0.DIC; what is fetched is what memory holds. Called once, by boot.
+pub fn set_coherent_guests(data: bool, instructions: bool) {
+    COHERENT_GUESTS.store(data, Ordering::Relaxed);
+    COHERENT_INSTRUCTIONS.store(instructions, Ordering::Relaxed);
 }
 
 /// `DC CIVAC` over `bytes` bytes from `start`, then `DSB SY`: memory holds what the caches held.
@@ -47,8 +53,11 @@ pub fn show_to_guest(start: Pa, bytes: u64) {
     }
 }
 
-/// `IC IALLUIS`, complete: no CPU executes what memory held before.
-pub fn ic_ialluis() {
+/// `IC IALLUIS`, complete, where instruction caches need it: no CPU executes what memory held before.
+pub fn forget_instructions() {
+    if COHERENT_INSTRUCTIONS.load(Ordering::Relaxed) {
+        return;
+    }
     // SAFETY: instruction caches are fetched again; barriers change no state that Rust can see.
     unsafe {
         asm!(

@@ -16,7 +16,9 @@ mod vttbr;
 pub use atomics::{cas, fetch_clear, fetch_or, set_lse, swap, use_lse};
 pub use barriers::{dsb_ish, dsb_ishst, dsb_nsh, dsb_nshst, isb, sev, wfi, yield_now};
 pub use boot::image_base;
-pub use cache::{dc_civac_range, ic_ialluis, set_coherent_guests, show_to_guest, zero_page};
+pub use cache::{
+    dc_civac_range, forget_instructions, set_coherent_guests, show_to_guest, zero_page,
+};
 pub use control::{affinity, id_registers, level_with, write_control_registers};
 pub use gic::{icc_dir, icc_eoir1, icc_iar1, icc_init, icc_sgi1r};
 pub use registers::{
