@@ -1,10 +1,12 @@
 //! From the first line of Rust to the first guest: a story, told once.
 //!
-//! The entry code (`arch/boot.S`) has checked the device tree and turned MMU and caches on, over a map of the image and
+//! Under UEFI there is a prologue ([`uefi`]), after which the image starts as it does everywhere. The entry code
+//! (`arch/boot.S`) has checked the device tree and turned MMU and caches on, over a map of the image and
 //! the tree only. Each step hands its result to the next; nothing is changed after the step that made it.
 
 mod cpus;
 mod memory;
+mod uefi;
 
 use alloc::boxed::Box;
 use alloc::string::String;

@@ -18,18 +18,6 @@
     movk    \register, #(((\value) >> 48) & 0xffff), lsl #48
 .endm
 
-.section .head, "ax"
-.global image_head
-image_head:
-    b       boot_cpu_entry
-    nop
-    .quad   0                           // text_offset: any 2 MiB boundary
-    .quad   image_bytes                 // image_size: what must stay free, BSS and stacks included
-    .quad   0xa                         // flags: little-endian, 4 KiB pages, anywhere in memory
-    .quad   0, 0, 0
-    .ascii  "ARM\x64"
-    .word   0                           // no PE header
-
 .section .text.boot, "ax"
 
 boot_cpu_entry:

@@ -24,7 +24,7 @@ pub const LEAST_RAM_BYTES: u64 = 128 << 20;
 pub const QEMU_VIRT: &str = "qemu-virt";
 
 /// Affinity fields of MPIDR_EL1.
-const AFFINITY: u64 = 0xff_00ff_ffff;
+pub(super) const AFFINITY: u64 = 0xff_00ff_ffff;
 
 /// One CPU.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -238,7 +238,9 @@ fn board(tree: &Tree<'_>) -> String {
         .unwrap_or("unknown");
     let known = [
         ("linux,dummy-virt", QEMU_VIRT),
+        ("bochs,bxpc", QEMU_VIRT),
         ("raspberrypi,4-model-b", "rpi4"),
+        ("ampere,altra", "ampere-altra"),
     ];
     known
         .into_iter()
@@ -361,7 +363,8 @@ fn interrupts(tree: &Tree<'_>, maintenance: u32) -> Interrupts {
     }
 }
 
-fn initrd(tree: &Tree<'_>) -> Option<Range<Pa>> {
+/// The initial RAM disk that a boot loader put into `tree`.
+pub fn initrd(tree: &Tree<'_>) -> Option<Range<Pa>> {
     let chosen = tree.at("/chosen")?;
     let (start, end) = (
         chosen.address("linux,initrd-start")?,

@@ -1,8 +1,11 @@
 //! The machine's devices, and what its firmware tables say of it.
 
+pub mod acpi;
 pub mod gic;
+pub mod handover;
 pub mod machine;
 pub mod mmio;
 pub mod pl011;
 pub mod psci;
 pub mod tree;
+pub mod uefi;

@@ -169,6 +169,15 @@ impl<'t, 'a> Node<'t, 'a> {
         Some(self.entry().node.raw_property(name).ok()??.value)
     }
 
+    /// Names and values of all properties, up to the first that is malformed.
+    pub fn properties(&self) -> impl Iterator<Item = (&'a str, &'a [u8])> + use<'a> {
+        let properties = self.entry().node.properties().ok();
+        properties
+            .into_iter()
+            .flat_map(|it| it.iter())
+            .map_while(|it| it.ok().map(|it| (it.name, it.value)))
+    }
+
     /// A property of one cell.
     pub fn u32(&self, name: &str) -> Option<u32> {
         word(self.property(name)?, 0)

@@ -9,7 +9,6 @@ use std::str::FromStr;
 
 use anyhow::Result;
 use cpio::Archive;
-pub(crate) use packages::NoSource;
 
 use crate::paths;
 

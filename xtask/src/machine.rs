@@ -36,6 +36,30 @@ impl FromStr for Timing {
     }
 }
 
+/// What starts the image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Firmware {
+    /// QEMU itself, as a boot loader for Linux.
+    None,
+    /// UEFI, from a disk, describing the machine by ACPI tables.
+    UefiAcpi,
+    /// UEFI, from a disk, describing the machine by a device tree.
+    UefiTree,
+}
+
+impl FromStr for Firmware {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        match name {
+            "none" => Ok(Self::None),
+            "uefi-acpi" => Ok(Self::UefiAcpi),
+            "uefi-tree" => Ok(Self::UefiTree),
+            _ => Err("known firmware: none, uefi-acpi, uefi-tree".to_owned()),
+        }
+    }
+}
+
 /// One machine.
 #[derive(Clone, Debug)]
 pub(crate) struct Machine {
@@ -48,6 +72,9 @@ pub(crate) struct Machine {
     pub(crate) virtualization: bool,
     /// A device tree instead of QEMU's own.
     pub(crate) dtb: Option<PathBuf>,
+    pub(crate) firmware: Firmware,
+    /// RAM and CPUs in two NUMA nodes, half of both in each.
+    pub(crate) numa: bool,
 }
 
 impl Machine {
@@ -61,6 +88,8 @@ impl Machine {
             timing: Timing::Wall,
             virtualization: true,
             dtb: None,
+            firmware: Firmware::None,
+            numa: false,
         }
     }
 
@@ -69,14 +98,38 @@ impl Machine {
         let switch = if self.virtualization { "on" } else { "off" };
         let mut words: Vec<OsString> = Vec::new();
         let mut option = |name: &str, value: String| words.extend([name.into(), value.into()]);
+        let acpi = match self.firmware {
+            Firmware::UefiTree => ",acpi=off",
+            Firmware::None | Firmware::UefiAcpi => "",
+        };
         option(
             "-M",
-            format!("virt,virtualization={switch},gic-version={}", self.gic),
+            format!(
+                "virt,virtualization={switch},gic-version={}{acpi}",
+                self.gic
+            ),
         );
         // One counter tick is one nanosecond on every model, as it is on `max`; under `insn`, one instruction.
         option("-cpu", format!("{},cntfrq=1000000000", self.cpu));
         option("-smp", self.cpus.to_string());
         option("-m", format!("{}M", self.memory_mib));
+        if self.numa {
+            let (half, last) = (self.cpus / 2, self.cpus.saturating_sub(1));
+            for (node, cpus) in [
+                format!("0-{}", half.saturating_sub(1)),
+                format!("{half}-{last}"),
+            ]
+            .into_iter()
+            .enumerate()
+            {
+                let size = self.memory_mib / 2;
+                option(
+                    "-object",
+                    format!("memory-backend-ram,id=ram{node},size={size}M"),
+                );
+                option("-numa", format!("node,cpus={cpus},memdev=ram{node}"));
+            }
+        }
         match self.timing {
             Timing::Insn => option("-icount", "shift=0,sleep=off".into()),
             Timing::Wall => option("-accel", "tcg,thread=multi".into()),
@@ -105,7 +158,7 @@ impl Machine {
 
 #[cfg(test)]
 mod tests {
-    use super::{Machine, Timing};
+    use super::{Firmware, Machine, Timing};
     use crate::board::Board;
 
     fn line(change: impl Fn(&mut Machine)) -> String {
@@ -131,6 +184,22 @@ mod tests {
     fn el2_can_be_taken_away() {
         assert!(line(|_| ()).contains("virtualization=on"));
         assert!(line(|machine| machine.virtualization = false).contains("virtualization=off"));
+    }
+
+    #[test]
+    fn numa_nodes_share_cpus_and_ram_evenly() {
+        let line = line(|machine| {
+            (machine.numa, machine.cpus, machine.memory_mib) = (true, 16, 512);
+        });
+        assert!(line.contains("node,cpus=0-7,memdev=ram0"), "{line}");
+        assert!(line.contains("node,cpus=8-15,memdev=ram1"), "{line}");
+        assert!(line.contains("id=ram1,size=256M"), "{line}");
+    }
+
+    #[test]
+    fn a_device_tree_is_what_uefi_gives_without_acpi() {
+        assert!(line(|machine| machine.firmware = Firmware::UefiTree).contains("acpi=off"));
+        assert!(!line(|machine| machine.firmware = Firmware::UefiAcpi).contains("acpi=off"));
     }
 
     #[test]

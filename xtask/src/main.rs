@@ -11,6 +11,7 @@ mod console;
 mod image;
 mod linux;
 mod machine;
+mod media;
 mod paths;
 mod plot;
 mod process;

@@ -3,9 +3,11 @@
 //! The watchdog owns the child: it is killed by its handle when the time is up, when it falls silent for too long, and
 //! when this program leaves the function for any other reason.
 
+use std::ffi::OsString;
 use std::io::{Read as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -13,8 +15,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, anyhow, bail};
 
 use crate::console::{Cutter, Piece};
-use crate::machine::Machine;
+use crate::machine::{Firmware, Machine};
+use crate::media;
+use crate::paths;
 use crate::process;
+use crate::setup::firmware;
 use crate::uart::{self, Line, Transcript};
 
 /// The oldest version whose `virt` board has what Vellum uses.
@@ -126,14 +131,23 @@ impl Qemu {
             "-serial",
             "stdio",
         ]);
-        command
-            .arg("-kernel")
-            .arg(launch.image)
-            .arg("-append")
-            .arg(launch.append);
-        if let Some(bundle) = launch.bundle {
-            command.arg("-initrd").arg(bundle);
-        }
+        // The folder lives as long as the run.
+        let volume = match launch.machine.firmware {
+            Firmware::None => {
+                command
+                    .arg("-kernel")
+                    .arg(launch.image)
+                    .arg("-append")
+                    .arg(launch.append);
+                if let Some(bundle) = launch.bundle {
+                    command.arg("-initrd").arg(bundle);
+                }
+                None
+            }
+            Firmware::UefiAcpi | Firmware::UefiTree => {
+                Some(boot_from_volume(&mut command, launch)?)
+            }
+        };
         if launch.gdb {
             command.args(["-S", "-gdb", "tcp::1234"]);
         }
@@ -156,6 +170,7 @@ impl Qemu {
         let complaint = errors.join().unwrap_or_default();
         let transcript = heard?;
         ended?;
+        drop(volume);
         if transcript.status.is_none() && transcript.text.is_empty() && !complaint.trim().is_empty()
         {
             bail!(
@@ -164,6 +179,29 @@ impl Qemu {
             );
         }
         Ok(transcript)
+    }
+}
+
+/// Adds UEFI and a disk that it finds the image on.
+fn boot_from_volume(command: &mut Command, launch: &Launch<'_>) -> Result<Scratch> {
+    static RUNS: AtomicUsize = AtomicUsize::new(0);
+    let run = RUNS.fetch_add(1, Ordering::Relaxed);
+    let folder = Scratch(paths::target(&format!("esp/{}-{run}", std::process::id())));
+    media::esp(&folder.0, launch.image, launch.bundle, launch.append)?;
+    command.arg("-bios").arg(firmware::uefi()?);
+    let mut disk = OsString::from("format=raw,if=virtio,file=fat:rw:");
+    disk.push(&folder.0);
+    command.arg("-drive").arg(disk);
+    Ok(folder)
+}
+
+/// A folder that does not outlive its owner.
+struct Scratch(PathBuf);
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        // What stays is in nobody's way.
+        std::fs::remove_dir_all(&self.0).unwrap_or_default();
     }
 }
 

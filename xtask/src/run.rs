@@ -13,7 +13,7 @@ use crate::board::Board;
 use crate::console::Keyboard;
 use crate::image::{self, Profile};
 use crate::linux::{self, Series};
-use crate::machine::{Machine, Timing};
+use crate::machine::{Firmware, Machine, Timing};
 use crate::qemu::Launch;
 use crate::setup;
 use crate::uart::{Line, Record};
@@ -58,6 +58,12 @@ pub(crate) struct Args {
     /// Show what happens without EL2
     #[arg(long)]
     no_el2: bool,
+    /// What starts the image: none (QEMU itself), uefi-acpi, uefi-tree (UEFI from a disk, with ACPI tables or a device tree)
+    #[arg(long, value_name = "NAME", default_value = "none")]
+    firmware: Firmware,
+    /// Spread CPUs and RAM over two NUMA nodes
+    #[arg(long)]
+    numa: bool,
     /// Boot with this device tree instead of QEMU's own
     #[arg(long, value_name = "FILE")]
     dtb: Option<PathBuf>,
@@ -130,6 +136,7 @@ pub(crate) fn main(args: &Args) -> Result<ExitCode> {
     machine.timing = args.timing;
     machine.virtualization = !args.no_el2;
     machine.dtb.clone_from(&args.dtb);
+    (machine.firmware, machine.numa) = (args.firmware, args.numa);
     let qemu = setup::qemu(&args.qemu)?;
     let image = image::build(Profile::of(args.debug))?;
     if args.gdb {

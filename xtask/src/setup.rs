@@ -3,6 +3,8 @@
 //! The toolchain itself is rustup's business: `rust-toolchain.toml` pins it and the first `cargo` fetches it.
 
 pub(crate) mod apt;
+pub(crate) mod debian;
+pub(crate) mod firmware;
 mod private_qemu;
 
 use std::path::{Path, PathBuf};

@@ -9,6 +9,7 @@ mod checks;
 mod emulated;
 mod epochs;
 mod exits;
+mod firmware;
 mod host;
 mod linux;
 mod scheduling;

@@ -58,6 +58,9 @@ const _: () = assert!(
         | MAIR_EL1::Attr1_Device::nonGathering_nonReordering_EarlyWriteAck.value
 );
 
+/// CurrentEL of a hypervisor.
+pub const CURRENT_EL2: u64 = CurrentEL::EL::EL2.value;
+
 /// Why the exception level at entry cannot be used, as the entry code passes it on.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 #[repr(u64)]
@@ -84,7 +87,8 @@ pub struct Launch {
 
 global_asm!(
     include_str!("../boot.S"),
-    CURRENT_EL2 = const CurrentEL::EL::EL2.value,
+    include_str!("../head.S"),
+    CURRENT_EL2 = const CURRENT_EL2,
     EMERGENCY_STACK_TOP = const offsets::EMERGENCY_STACK_TOP,
     LAUNCH_TABLES = const core::mem::offset_of!(Launch, tables),
     LAUNCH_STACK_TOP = const core::mem::offset_of!(Launch, stack_top),
@@ -93,6 +97,7 @@ global_asm!(
     TCR_EL1 = const TCR_EL1_VALUE,
     TCR_EL2 = const TCR_EL2_VALUE,
     SCTLR_EL1_ON = const SCTLR_EL1_ON,
+    SCTLR_MMU_AND_CACHES = const SCTLR_ON & !SCTLR_EL2_RES1,
     SCTLR_OFF = const SCTLR_EL2_RES1,
     SCTLR_ON = const SCTLR_ON,
     HCR_RESET = const HCR_EL2::RW::EL1IsAarch64.value,
@@ -115,12 +120,14 @@ unsafe extern "C" {
     static image_start: u8;
     static image_code_end: u8;
     static image_constants_end: u8;
+    static image_file_end: u8;
     static image_end: u8;
     static boot_stack_guard: u8;
     static boot_emergency_stack_guard: u8;
     fn other_cpu_entry();
     fn map_early_block(address: u64, attributes: u64) -> u64;
     fn switch_tables(root: u64, sctlr: u64);
+    fn leave_firmware(entry: u64, tree: u64) -> !;
 }
 
 fn address_of(symbol: *const u8) -> Pa {
@@ -199,6 +206,22 @@ pub unsafe fn map_early_ram(block: Pa) -> bool {
 pub unsafe fn activate_map(root: Pa) {
     // SAFETY: the caller vouches for the map; the switch itself touches no memory.
     unsafe { switch_tables(root.raw(), SCTLR_FINAL) };
+}
+
+/// The part of the image that a loader copies, as it is in memory now; BSS and stacks lie behind it.
+pub fn file() -> Range<Pa> {
+    address_of(&raw const image_start)..address_of(&raw const image_file_end)
+}
+
+/// Ends UEFI's time: starts the image that was copied to `copy` as a boot loader would, with the device tree at `tree`.
+///
+/// # Safety
+///
+/// Boot services have been left. `copy` holds what [`file()`] holds, and room for the rest of the image, on a 2 MiB
+/// boundary; it, the tree and the code that runs now have been cleaned to the point of coherency.
+pub unsafe fn start_copy(copy: Pa, tree: Pa) -> ! {
+    // SAFETY: the caller's duty; the image starts with its entry.
+    unsafe { leave_firmware(copy.raw(), tree.raw()) }
 }
 
 /// Adds write-implies-execute-never to a CPU that started on the final map.

@@ -79,6 +79,7 @@ pub(super) fn all(board: &Board, soak: bool) -> Vec<Case> {
         table.aging(),
         table.linux(),
         table.exits(),
+        table.firmware(),
         table.scheduling(),
         table.refusals(),
     ];

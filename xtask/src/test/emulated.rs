@@ -16,12 +16,13 @@ use super::cases::{self, Boot, Case, Expect};
 use super::soak::Record;
 use crate::board::Board;
 use crate::image::{self, Image, Profile};
-use crate::linux::{self, NoSource, Series};
+use crate::linux::{self, Series};
 use crate::machine::Machine;
 use crate::paths;
 use crate::process;
 use crate::qemu::{Launch, Qemu};
 use crate::setup;
+use crate::setup::debian::NoSource;
 use crate::uart::{Line, Transcript};
 
 /// What every case needs.
