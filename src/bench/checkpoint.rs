@@ -72,7 +72,7 @@ pub(super) fn run(stage: &Stage<'_>) -> Result<bool, Refusal> {
         );
         good &= match params.timing {
             Timing::Insn => counted(stage, *cast)?,
-            Timing::Wall | Timing::Hw => case(stage, *cast)?,
+            Timing::Wall | Timing::Parallel | Timing::Hw => case(stage, *cast)?,
         };
     }
     progress(casts.len(), casts.len(), format_args!("checkpoint: done"));

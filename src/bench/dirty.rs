@@ -20,6 +20,8 @@ use super::scene::{Cast, Outcome, Scene, Stage, cpu};
 /// One iteration's part of a row.
 struct Iteration {
     dirty_ns: u64,
+    /// The pass of the vCPU that took longest, by its own clock.
+    vcpu_ns: u64,
     get_ns: u64,
     clear_ns: u64,
     sets: Comparison,
@@ -52,7 +54,7 @@ pub(super) fn run(stage: &Stage<'_>) -> Result<bool, Refusal> {
 fn case(stage: &Stage<'_>, cast: Cast) -> Result<bool, Refusal> {
     let params = stage.params;
     let scene = stage.open(cast)?;
-    let (populated, populate_ns) = timed(|| scene.perform(|vcpu| populate(&scene, vcpu)));
+    let (populated, populate_ns) = timed(|| scene.perform(|vcpu| populate(params, &scene, vcpu)));
     populated?;
     let failed = |error| alloc::format!("dirty logging: {error}");
     let (enabled, enable_ns) = timed(|| {
@@ -127,8 +129,10 @@ fn iterate(params: &Params, scene: &Scene, number: u64) -> Result<Iteration, Ref
     }
     let fault_insn = fault_cost(params, &outcomes, &again, &counts);
     let sets = Comparison::of(&written, &reported);
+    let longest = outcomes.iter().map(|outcome| outcome.ticks).max();
     Ok(Iteration {
         dirty_ns,
+        vcpu_ns: nanoseconds(longest.unwrap_or(0)),
         get_ns,
         clear_ns,
         sets,
@@ -155,12 +159,17 @@ fn fault_cost(
         .then(|| nanoseconds(extra) / faults)
 }
 
-fn populate(scene: &Scene, vcpu: usize) -> Command {
-    let pages = scene.cast.region_bytes / PAGE_BYTES;
+fn populate(params: &Params, scene: &Scene, vcpu: usize) -> Command {
+    let pages = pages(params, scene);
     Command {
         op: op::PASS,
         args: [scene.region(vcpu), pages, PAGE_BYTES, 100, 0],
     }
+}
+
+/// Pages that each vCPU goes over.
+fn pages(params: &Params, scene: &Scene) -> u64 {
+    (scene.cast.region_bytes / PAGE_BYTES).min(params.pages)
 }
 
 fn pass(params: &Params, scene: &Scene, vcpu: usize, iteration: u64, log: u64) -> Command {
@@ -170,7 +179,7 @@ fn pass(params: &Params, scene: &Scene, vcpu: usize, iteration: u64, log: u64) -
         .wrapping_add(iteration << 8)
         .wrapping_add(vcpu as u64)
         & u64::from(u32::MAX);
-    let steps = (scene.cast.region_bytes / params.stride).max(1);
+    let steps = (pages(params, scene) * PAGE_BYTES / params.stride).max(1);
     let value = iteration & u64::from(u32::MAX);
     Command {
         op: op::PASS,
@@ -210,6 +219,7 @@ fn row(params: &Params, cast: Cast, number: u64, iteration: &Iteration) -> Row {
         .word("hpfar", if params.trust_hpfar { "trust" } else { "at" })
         .param("initially_all_set", params.initially_all_set)
         .value("dirty_ns", iteration.dirty_ns)
+        .value("vcpu_ns", iteration.vcpu_ns)
         .value("get_ns", iteration.get_ns)
         .value("clear_ns", iteration.clear_ns)
         .value("pages_written", sets.written)

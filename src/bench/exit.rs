@@ -296,7 +296,9 @@ impl Found {
         let row = row.value("runs", runs);
         let row = match timing {
             Timing::Insn => row.share("insn", nanoseconds(total), runs),
-            Timing::Wall | Timing::Hw => row.share("mean_ns", nanoseconds(total), runs),
+            Timing::Wall | Timing::Parallel | Timing::Hw => {
+                row.share("mean_ns", nanoseconds(total), runs)
+            }
         };
         let row = row
             .value("min_ns", at(0))

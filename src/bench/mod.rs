@@ -22,6 +22,7 @@ mod listen;
 mod lives;
 mod moves;
 pub mod params;
+mod private;
 mod protect;
 pub mod report;
 mod scene;
@@ -35,6 +36,7 @@ mod verify;
 
 use alloc::string::String;
 
+use crate::arch;
 use crate::vm::Host;
 use params::{Params, Suite};
 
@@ -81,6 +83,7 @@ pub fn main(host: &'static Host, arguments: &str, images: Images<'_>) -> Result<
         trackers: params.trackers(host.services.hardware, host.auto_engine())?,
         access_flag: params.access_flags(host.services.hardware, host.auto_access_flag())?,
     };
+    arch::hint_measured();
     let good = match params.suite {
         Suite::None => true,
         Suite::Dirty => dirty::run(&stage)?,
@@ -103,6 +106,8 @@ pub fn main(host: &'static Host, arguments: &str, images: Images<'_>) -> Result<
         Suite::Exit => exit::run(&stage)?,
         Suite::Ipi => ipi::run(&stage)?,
         Suite::Linux => linux::run(&stage)?,
+        Suite::Private => private::run(&stage)?,
     };
+    arch::hint_unmeasured();
     Ok(if good { 0 } else { FAILED })
 }

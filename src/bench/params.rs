@@ -53,6 +53,8 @@ pub enum Suite {
     Ipi,
     /// An unmodified Linux kernel.
     Linux,
+    /// What vCPUs do by themselves, beside others.
+    Private,
 }
 
 /// Which of several ways is used.
@@ -71,6 +73,8 @@ pub enum Timing {
     Insn,
     /// Real concurrency, host time.
     Wall,
+    /// Virtual nanoseconds are instructions, and all CPUs advance together.
+    Parallel,
     /// A board's own clock.
     Hw,
 }
@@ -86,6 +90,8 @@ pub struct Params {
     pub locking: Vec<Locking>,
     /// Memory per vCPU, in MiB.
     pub mib: u64,
+    /// Pages of that which each vCPU goes over in suite `dirty`, from its region's start.
+    pub pages: u64,
     /// Passes while logging.
     pub iterations: u64,
     /// Percent of the steps that store.
@@ -201,6 +207,7 @@ impl Default for Params {
             vcpus: Vec::from([1]),
             locking: Vec::from([Locking::Lockless]),
             mib: 16,
+            pages: u64::MAX,
             iterations: 2,
             write_percent: 100,
             random: false,
@@ -248,7 +255,7 @@ const SIZES: [(&str, u64, Level); 3] = [
     ("2m", 2 << 20, Level::L2),
     ("1g", 1 << 30, Level::L1),
 ];
-const SUITES: [(&str, Suite); 21] = [
+const SUITES: [(&str, Suite); 22] = [
     ("none", Suite::None),
     ("dirty", Suite::Dirty),
     ("verify", Suite::Verify),
@@ -270,10 +277,12 @@ const SUITES: [(&str, Suite); 21] = [
     ("storm", Suite::Storm),
     ("lives", Suite::Lives),
     ("linux", Suite::Linux),
+    ("private", Suite::Private),
 ];
-const TIMINGS: [(&str, Timing); 3] = [
+const TIMINGS: [(&str, Timing); 4] = [
     ("insn", Timing::Insn),
     ("wall", Timing::Wall),
+    ("parallel", Timing::Parallel),
     ("hw", Timing::Hw),
 ];
 const LOCKINGS: [(&str, Locking); 3] = [
@@ -340,6 +349,7 @@ impl Params {
             "vcpus" => self.vcpus = list(value, |word| number(key, word, 1, 1024))?,
             "locking" => self.locking = list(value, |word| named(key, word, &LOCKINGS))?,
             "mib" => self.mib = number(key, value, 1, 1 << 20)?,
+            "pages" => self.pages = number(key, value, 1, 1 << 20)?,
             "iterations" => self.iterations = number(key, value, 1, 1 << 20)?,
             "write-percent" => self.write_percent = number(key, value, 0, 100)?,
             "order" => self.random = named(key, value, &ORDERS)?,
@@ -588,7 +598,7 @@ mod tests {
     #[test]
     fn everything_can_be_said() {
         let params = Params::parse(
-            "quiet suite=dirty vcpus=1,2,64 locking=mutex,lockless mib=4 iterations=3 write-percent=10 order=random \
+            "quiet suite=dirty vcpus=1,2,64 locking=mutex,lockless mib=4 pages=64 iterations=3 write-percent=10 order=random \
              seed=9 stride=2m backing=1g initially-all-set=1 timing=insn hpfar=trust slot-mib=16384 rounds=5 \
              splitting=clear,fault-empty bbm=auto,2 bbm-batch=64 chunk=2m pause-us=20 unsafe-bbm=1 seconds=60 \
              engine=swap,auto tracking=fault,dbm epochs=10000 epoch-us=500,2000 access-flag=software precision=imprecise \
@@ -601,6 +611,7 @@ mod tests {
             vcpus: vec![1, 2, 64],
             locking: vec![Locking::Mutex, Locking::Lockless],
             mib: 4,
+            pages: 64,
             iterations: 3,
             write_percent: 10,
             random: true,
@@ -654,6 +665,7 @@ mod tests {
             ("colour=red", "no key 'colour'"),
             ("vcpus=0", "1 to 1024"),
             ("mib=-1", "1 to"),
+            ("pages=0", "1 to"),
             ("write-percent=101", "0 to 100"),
             ("mib=99999999999999999999999", "1 to"),
             ("splitting=eager", "fault, fault-empty, enable, clear"),

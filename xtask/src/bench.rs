@@ -183,6 +183,7 @@ impl std::str::FromStr for Suite {
 /// Measures the suites in the order given.
 pub(crate) fn main(args: &Args) -> Result<ExitCode> {
     let board = Board::qemu_virt()?;
+    args.options.clock.accept(&args.options.timing())?;
     let mut plans = Vec::new();
     for &suite in &args.suites {
         plans.push((suite, suite.jobs(&args.options, &board)?));
@@ -267,7 +268,11 @@ fn measure(
         }
         let mut machine = run.machine.clone();
         machine.insert("image_sha256".into(), hash.into());
-        rows.extend(run.rows.into_iter().map(|row| {
+        rows.extend(run.rows.into_iter().map(|mut row| {
+            if job.machine.timing == Timing::Parallel {
+                let cost = job.machine.clock.line_cost;
+                row.params.insert("line_cost".into(), cost.into());
+            }
             Row::new(
                 row,
                 suite.name(),
@@ -331,6 +336,7 @@ impl Progress {
 pub(crate) fn unit(timing: Timing) -> (&'static str, f64) {
     match timing {
         Timing::Wall => ("microseconds", 1e3),
+        Timing::Parallel => ("virtual microseconds, a nanosecond an instruction", 1e3),
         Timing::Insn => ("thousands of instructions", 1e3),
     }
 }

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use crate::board::Board;
+use crate::clock;
 
 /// What a nanosecond of the run means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -13,14 +14,20 @@ pub(crate) enum Timing {
     Insn,
     /// CPUs are host threads and time is the host's: real concurrency, noisy.
     Wall,
+    /// Virtual nanoseconds are executed instructions, and all CPUs advance together: a plugin gives each its turn.
+    Parallel,
 }
 
 impl Timing {
+    /// In the order of tables.
+    pub(crate) const ALL: [Self; 3] = [Self::Insn, Self::Parallel, Self::Wall];
+
     /// The name on command lines and in rows.
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Insn => "insn",
             Self::Wall => "wall",
+            Self::Parallel => "parallel",
         }
     }
 }
@@ -29,10 +36,10 @@ impl FromStr for Timing {
     type Err = String;
 
     fn from_str(name: &str) -> Result<Self, String> {
-        [Self::Insn, Self::Wall]
+        Self::ALL
             .into_iter()
             .find(|timing| timing.name() == name)
-            .ok_or_else(|| "known timings: insn, wall".to_owned())
+            .ok_or_else(|| "known timings: insn, parallel, wall".to_owned())
     }
 }
 
@@ -68,6 +75,8 @@ pub(crate) struct Machine {
     pub(crate) cpus: u32,
     pub(crate) memory_mib: u64,
     pub(crate) timing: Timing,
+    /// Under `parallel`: how far clocks may be apart.
+    pub(crate) clock: clock::Settings,
     /// Without it QEMU enters the image at EL1.
     pub(crate) virtualization: bool,
     /// A device tree instead of QEMU's own.
@@ -86,6 +95,7 @@ impl Machine {
             cpus: board.machine.cpus,
             memory_mib: board.machine.memory_mib,
             timing: Timing::Wall,
+            clock: clock::Settings::default(),
             virtualization: true,
             dtb: None,
             firmware: Firmware::None,
@@ -132,7 +142,7 @@ impl Machine {
         }
         match self.timing {
             Timing::Insn => option("-icount", "shift=0,sleep=off".into()),
-            Timing::Wall => option("-accel", "tcg,thread=multi".into()),
+            Timing::Wall | Timing::Parallel => option("-accel", "tcg,thread=multi".into()),
         }
         if let Some(dtb) = &self.dtb {
             words.extend(["-dtb".into(), dtb.into()]);
@@ -204,7 +214,7 @@ mod tests {
 
     #[test]
     fn timing_names_parse_back() {
-        for timing in [Timing::Insn, Timing::Wall] {
+        for timing in Timing::ALL {
             assert_eq!(timing.name().parse(), Ok(timing));
         }
         assert!("sundial".parse::<Timing>().is_err());

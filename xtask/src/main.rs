@@ -7,6 +7,7 @@ mod board;
 mod boards;
 mod check;
 mod ci;
+mod clock;
 mod console;
 mod image;
 mod linux;

@@ -14,8 +14,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow, bail};
 
+use crate::clock;
 use crate::console::{Cutter, Piece};
-use crate::machine::{Firmware, Machine};
+use crate::machine::{Firmware, Machine, Timing};
 use crate::media;
 use crate::paths;
 use crate::process;
@@ -121,6 +122,10 @@ impl Qemu {
     ) -> Result<Transcript> {
         let mut command = Command::new(&self.program);
         command.args(launch.machine.arguments());
+        let parallel = launch.machine.timing == Timing::Parallel;
+        if parallel {
+            clock::attach(&mut command, self, &launch.machine.clock)?;
+        }
         command.args([
             "-nodefaults",
             "-no-reboot",
@@ -164,7 +169,8 @@ impl Qemu {
         let errors = running.errors()?;
         let heard = follow(&console, launch, hear);
         let ended = match heard {
-            Ok(_) => running.end(Duration::from_secs(5)),
+            // The clock's last words come when QEMU has ended a hundred threads.
+            Ok(_) => running.end(Duration::from_secs(if parallel { 60 } else { 5 })),
             Err(_) => running.kill(),
         };
         let complaint = errors.join().unwrap_or_default();
@@ -178,7 +184,15 @@ impl Qemu {
                 complaint.trim().lines().next().unwrap_or_default()
             );
         }
+        if parallel {
+            clock::judge(&complaint)?;
+        }
         Ok(transcript)
+    }
+
+    /// Its version's numbers.
+    pub(crate) fn number(&self) -> Version {
+        self.version
     }
 }
 

@@ -10,6 +10,7 @@ use std::time::Duration;
 use anyhow::{Result, bail};
 
 use crate::board::Board;
+use crate::clock;
 use crate::console::Keyboard;
 use crate::image::{self, Profile};
 use crate::linux::{self, Series};
@@ -43,9 +44,11 @@ pub(crate) struct Args {
     /// [default: suite=selftest, or what the guest needs]
     #[arg(long, value_name = "TEXT")]
     append: Option<String>,
-    /// insn: virtual nanoseconds are instructions; wall: CPUs run at the same time
+    /// insn: virtual nanoseconds are instructions; parallel: so they are, and all CPUs advance together; wall: CPUs run at the same time
     #[arg(long, default_value = "wall")]
     timing: Timing,
+    #[command(flatten)]
+    clock: clock::Pace,
     /// Kill the run after this many seconds [default: 60; never with a guest]
     #[arg(long, value_name = "N")]
     seconds: Option<u64>,
@@ -134,6 +137,8 @@ pub(crate) fn main(args: &Args) -> Result<ExitCode> {
     let mut machine = wanted.apply(&board);
     board.accept(&machine)?;
     machine.timing = args.timing;
+    args.clock.accept(&[args.timing])?;
+    machine.clock = args.clock.settings();
     machine.virtualization = !args.no_el2;
     machine.dtb.clone_from(&args.dtb);
     (machine.firmware, machine.numa) = (args.firmware, args.numa);

@@ -12,6 +12,7 @@ mod exits;
 mod firmware;
 mod host;
 mod linux;
+mod parallel;
 mod scheduling;
 mod soak;
 mod splitting;

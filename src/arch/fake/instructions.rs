@@ -78,6 +78,12 @@ pub fn dsb_nsh() {
 /// `ISB`: synchronizes the context of this CPU.
 pub fn isb() {}
 
+/// `HINT #0x70`: nothing, but to an emulator's clock: what follows is measured.
+pub fn hint_measured() {}
+
+/// `HINT #0x71`: nothing, but to an emulator's clock: what follows is not measured.
+pub fn hint_unmeasured() {}
+
 fn page_of(ipa: Ipa) -> Scope {
     let ipa = ipa.align_down(PAGE_BYTES).raw();
     Scope::Stage2 {

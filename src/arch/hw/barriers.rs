@@ -29,6 +29,10 @@ barriers! {
     wfi => "wfi";
     /// `SEV`: wakes every CPU that waits for an event.
     sev => "sev";
+    /// `HINT #0x70`: nothing, but to an emulator's clock: what follows is measured.
+    hint_measured => "hint #0x70";
+    /// `HINT #0x71`: nothing, but to an emulator's clock: what follows is not measured.
+    hint_unmeasured => "hint #0x71";
     /// `YIELD`: gives the CPU away for a moment while polling.
     yield_now => "yield";
 }

@@ -14,7 +14,10 @@ mod tlbi;
 mod vttbr;
 
 pub use atomics::{cas, fetch_clear, fetch_or, set_lse, swap, use_lse};
-pub use barriers::{dsb_ish, dsb_ishst, dsb_nsh, dsb_nshst, isb, sev, wfi, yield_now};
+pub use barriers::{
+    dsb_ish, dsb_ishst, dsb_nsh, dsb_nshst, hint_measured, hint_unmeasured, isb, sev, wfi,
+    yield_now,
+};
 pub use boot::image_base;
 pub use cache::{
     dc_civac_range, forget_instructions, set_coherent_guests, show_to_guest, zero_page,

@@ -127,14 +127,20 @@ pub(super) fn jobs(options: &Options, board: &Board) -> Result<Vec<Job>> {
     for timing in options.timing() {
         let vcpus = match timing {
             Timing::Insn => vec![1],
-            Timing::Wall => options.vcpus(),
+            Timing::Wall | Timing::Parallel => options.vcpus(),
         };
         for (model, flag) in machines(options, board, timing) {
             let mut options = options.clone();
             options.cpu = Some(model);
             options.aging.access_flag = Some(flag.to_owned());
             let most = vcpus.iter().copied().max().unwrap_or(1);
-            let guest_mib = u64::from(most) * options.mib_per_vcpu;
+            // The parallel clock's rounds are all alike.
+            let rounds = if timing == Timing::Parallel {
+                1
+            } else {
+                ROUNDS
+            };
+            let guest_mib = u64::from(most) * options.mib_per_vcpu(timing);
             let machine = options.machine(board, most, guest_mib, timing)?;
             jobs.push(Job {
                 title: format!(
@@ -143,7 +149,7 @@ pub(super) fn jobs(options: &Options, board: &Board) -> Result<Vec<Job>> {
                     timing.name()
                 ),
                 append: format!(
-                    "{} rounds={ROUNDS} {}",
+                    "{} rounds={rounds} {}",
                     options.append("age", &vcpus, timing),
                     options.aging.append()
                 ),
@@ -162,6 +168,7 @@ fn machines<'a>(options: &'a Options, board: &Board, timing: Timing) -> Vec<(Str
     }
     match (named, timing) {
         (Some(model), _) => vec![(model, "auto")],
+        (None, Timing::Parallel) => vec![(board.machine.cpu.clone(), "hardware")],
         (None, Timing::Wall) => vec![
             (board.machine.cpu.clone(), "hardware"),
             (NO_FLAGS.to_owned(), "software"),
@@ -187,7 +194,7 @@ fn line(row: &Row) -> Vec<String> {
 /// Tables for each timing.
 pub(super) fn report(rows: &[Row]) -> String {
     let mut text = String::new();
-    for timing in [Timing::Insn, Timing::Wall] {
+    for timing in Timing::ALL {
         let of = |case: &str| -> Vec<&Row> {
             let wanted = |row: &&Row| row.timing == timing.name() && row.case == case;
             rows.iter().filter(wanted).collect()
@@ -238,7 +245,7 @@ fn times(rows: &[&Row], timing: Timing) -> String {
     heading.extend(PHASES.map(|(name, _)| name));
     heading.extend(match timing {
         Timing::Insn => ["insn/young entry", "insn/old entry"],
-        Timing::Wall => ["young entries/us", "old entries/us"],
+        Timing::Wall | Timing::Parallel => ["young entries/us", "old entries/us"],
     });
     let mut table = Table::new(&heading);
     for (case, group) in groups(rows) {
@@ -248,7 +255,7 @@ fn times(rows: &[&Row], timing: Timing) -> String {
             let each = group.first().and_then(|row| per_entry(row, pass));
             cells.push(cell(match timing {
                 Timing::Insn => each,
-                Timing::Wall => each.map(|ns| 1e3 / ns),
+                Timing::Wall | Timing::Parallel => each.map(|ns| 1e3 / ns),
             }));
         }
         table.row(cells);
@@ -288,7 +295,7 @@ fn table(rows: &[&Row], columns: &[Column]) -> String {
 
 /// A line for each case and precision; where CPUs run at the same time, with what a pass takes and what omitting its end saves.
 fn precise(rows: &[&Row], timing: Timing) -> String {
-    let timed = timing == Timing::Wall && rows.iter().any(|row| row.value("pass_ns").is_some());
+    let timed = timing != Timing::Insn && rows.iter().any(|row| row.value("pass_ns").is_some());
     let mut heading = LINE.to_vec();
     heading.push("passes");
     heading.extend(TOUCHED.map(|(name, _)| name));

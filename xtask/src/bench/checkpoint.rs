@@ -42,11 +42,11 @@ pub(super) fn jobs(options: &Options, board: &Board) -> Result<Vec<Job>> {
     let job = |timing: Timing| {
         let vcpus = match timing {
             Timing::Insn => vec![1],
-            Timing::Wall if options.vcpus.is_empty() => vec![1],
-            Timing::Wall => options.vcpus(),
+            Timing::Wall | Timing::Parallel if options.vcpus.is_empty() => vec![1],
+            Timing::Wall | Timing::Parallel => options.vcpus(),
         };
         let most = vcpus.iter().copied().max().unwrap_or(1);
-        let guest_mib = u64::from(most) * options.mib_per_vcpu;
+        let guest_mib = u64::from(most) * options.mib_per_vcpu(timing);
         let machine = options.machine(board, most, guest_mib, timing)?;
         let lengths: Vec<String> = options.epoch_us.iter().map(u32::to_string).collect();
         Ok(Job {
@@ -66,7 +66,7 @@ pub(super) fn jobs(options: &Options, board: &Board) -> Result<Vec<Job>> {
 /// A line for each engine and length.
 pub(super) fn report(rows: &[Row]) -> String {
     let mut text = String::new();
-    for timing in [Timing::Insn, Timing::Wall] {
+    for timing in Timing::ALL {
         let mut of = rows
             .iter()
             .filter(|row| row.timing == timing.name())
@@ -135,7 +135,7 @@ pub(super) fn charts(rows: &[Row]) -> Vec<Chart> {
             series: distinct(&of, name).into_iter().map(line).collect(),
         }
     };
-    let timings = [Timing::Insn, Timing::Wall].into_iter();
+    let timings = Timing::ALL.into_iter();
     let measured = |timing: &Timing| rows.iter().any(|row| row.timing == timing.name());
     timings.filter(measured).map(chart).collect()
 }

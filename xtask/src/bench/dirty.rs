@@ -33,9 +33,10 @@ const SHARED: (&str, &str) = ("shared lines", "shared_line_writes");
 pub(super) fn jobs(options: &Options, board: &Board) -> Result<Vec<Job>> {
     let vcpus = options.vcpus();
     let most = vcpus.iter().copied().max().unwrap_or(1);
-    let job = |timing: Timing| {
-        let machine =
-            options.machine(board, most, u64::from(most) * options.mib_per_vcpu, timing)?;
+    let job = |(timing, cost): (Timing, Option<u32>)| {
+        let guest_mib = u64::from(most) * options.mib_per_vcpu(timing);
+        let mut machine = options.machine(board, most, guest_mib, timing)?;
+        machine.clock.line_cost = cost.unwrap_or(0);
         let title = format!(
             "{} GICv{} timing {}",
             machine.cpu,
@@ -48,11 +49,37 @@ pub(super) fn jobs(options: &Options, board: &Board) -> Result<Vec<Job>> {
             machine,
         })
     };
-    options.timing().into_iter().map(job).collect()
+    let costs = |timing: Timing| match timing {
+        Timing::Parallel if !options.clock.line_cost.is_empty() => {
+            options.clock.line_cost.iter().copied().map(Some).collect()
+        }
+        _ => vec![None],
+    };
+    let each = |timing: Timing| costs(timing).into_iter().map(move |cost| (timing, cost));
+    options
+        .timing()
+        .into_iter()
+        .flat_map(each)
+        .map(job)
+        .collect()
 }
 
-/// Times and counts, for each timing.
+/// Times and counts, for each timing and cost of shared lines.
 pub(super) fn report(rows: &[Row]) -> String {
+    by_cost(rows).iter().map(|rows| report_of(rows)).collect()
+}
+
+/// Rows of each cost of shared lines; what was not measured under the parallel clock has none.
+fn by_cost(rows: &[Row]) -> Vec<Vec<Row>> {
+    let of = |cost: String| {
+        let wanted = |row: &&Row| row.param("line_cost") == cost;
+        rows.iter().filter(wanted).cloned().collect()
+    };
+    let costs = distinct(rows, |row| row.param("line_cost"));
+    costs.into_iter().map(of).collect()
+}
+
+fn report_of(rows: &[Row]) -> String {
     let mut text = String::new();
     for timing in timings(rows) {
         let of: Vec<&Row> = rows
@@ -80,9 +107,17 @@ pub(super) fn report(rows: &[Row]) -> String {
         );
         text += match timing {
             Timing::Insn => " (of all CPUs together; the last columns in instructions)\n",
-            Timing::Wall => " (the last column in nanoseconds)\n",
+            Timing::Wall | Timing::Parallel => " (the last column in nanoseconds)\n",
         };
         text += &times(rows, timing, scale);
+        if timing == Timing::Parallel {
+            text += &format!(
+                "\na line taken from another CPU: {} instructions\n",
+                first.param("line_cost")
+            );
+            text += "\nthe longest pass of a vCPU, in times that of one vCPU; S: what is done one after the other, from the smallest number of vCPUs that\nwait for each other; predicted: max(1, vCPUs x S / T1)\n";
+            text += &scaling(rows);
+        }
         text += "\ncounts of the write phase, mean of the iterations\n";
         text += &counts(rows, timing);
     }
@@ -115,6 +150,122 @@ fn times(rows: &[Row], timing: Timing, scale: f64) -> String {
     table.left(&[1]).to_string()
 }
 
+/// KVM's times of one pass in milliseconds, on a real machine: its lock taken exclusively, then for reading.
+const PUBLISHED: [(u32, f64, f64); 7] = [
+    (1, 926.0, 803.0),
+    (2, 1189.0, 843.0),
+    (4, 2503.0, 942.0),
+    (8, 5069.0, 1458.0),
+    (16, 10_340.0, 2853.0),
+    (32, 20_351.0, 5886.0),
+    (64, 40_994.0, 12_190.0),
+];
+
+/// One mode's passes under the parallel clock: vCPUs, nanoseconds, faults of one vCPU.
+fn curve(rows: &[Row], mode: &str) -> Vec<(u32, f64, f64)> {
+    let groups = groups(rows, Timing::Parallel).into_iter();
+    let of_mode = groups.filter(|(_, locking, _)| locking == mode);
+    let point = |(vcpus, _, group): (String, String, Vec<&Row>)| {
+        let vcpus: u32 = vcpus.parse().ok()?;
+        let faults = mean(&group, "faults_permission")? / f64::from(vcpus);
+        Some((vcpus, mean(&group, "vcpu_ns")?, faults))
+    };
+    of_mode.filter_map(point).collect()
+}
+
+/// A line for each mode and number of vCPUs, with what the serialized part predicts.
+fn scaling(rows: &[Row]) -> String {
+    let mut table = Table::new(&[
+        "locking",
+        "vCPUs",
+        "ns/fault",
+        "times one",
+        "S, ns",
+        "S/T1",
+        "predicted",
+        "KVM",
+        "KVM's S/T1",
+    ]);
+    for mode in distinct(rows, |row| row.param("locking")) {
+        let curve = curve(rows, &mode);
+        let Some((1, one, faults)) = curve.first().copied() else {
+            continue;
+        };
+        let waits = curve
+            .iter()
+            .find(|(vcpus, ns, _)| *vcpus > 1 && *ns > 1.5 * one);
+        let serial = waits.map(|(vcpus, ns, faults)| ns / faults / f64::from(*vcpus));
+        for (vcpus, ns, each) in &curve {
+            let n = f64::from(*vcpus);
+            let share = serial.map(|serial| serial / (one / faults));
+            let published = PUBLISHED.iter().find(|(at, ..)| at == vcpus);
+            let kvm = published.and_then(|(_, mutex, rwlock)| match mode.as_str() {
+                "mutex" => Some(mutex / PUBLISHED[0].1),
+                "rwlock" => Some(rwlock / PUBLISHED[0].2),
+                _ => None,
+            });
+            table.row(vec![
+                mode.clone(),
+                vcpus.to_string(),
+                cell(Some(ns / each)),
+                cell(Some(ns / one)),
+                cell(serial),
+                cell(share),
+                cell(Some(share.map_or(1.0, |share| (n * share).max(1.0)))),
+                cell(kvm),
+                cell(kvm.map(|times| times / n)),
+            ]);
+        }
+    }
+    table.left(&[0]).to_string()
+}
+
+/// The curves of [`scaling`], and KVM's beside them.
+fn scaling_chart(rows: &[Row]) -> Option<Chart> {
+    let mut series = Vec::new();
+    for mode in distinct(rows, |row| row.param("locking")) {
+        let curve = curve(rows, &mode);
+        let (1, one, _) = curve.first().copied()? else {
+            return None;
+        };
+        series.push(Series {
+            points: curve
+                .iter()
+                .map(|(vcpus, ns, _)| (vcpus.to_string(), ns / one))
+                .collect(),
+            name: mode,
+        });
+    }
+    let measured = |vcpus: &str| {
+        series
+            .iter()
+            .any(|line| line.points.iter().any(|(at, _)| at == vcpus))
+    };
+    let published = |name: &str, of: fn(&(u32, f64, f64)) -> f64| Series {
+        name: name.into(),
+        points: PUBLISHED
+            .iter()
+            .map(|point| (point.0.to_string(), of(point) / of(&PUBLISHED[0])))
+            .filter(|(vcpus, _)| measured(vcpus))
+            .collect(),
+    };
+    let kvm = [
+        published("KVM, exclusive lock", |point| point.1),
+        published("KVM, read lock", |point| point.2),
+    ];
+    series.extend(kvm);
+    Some(Chart {
+        title: format!(
+            "longest pass of a vCPU, timing parallel, a line costs {}",
+            rows.first()
+                .map_or_else(String::new, |row| row.param("line_cost"))
+        ),
+        x: "vCPUs".into(),
+        y: "times that of one vCPU".into(),
+        series,
+    })
+}
+
 fn counts(rows: &[Row], timing: Timing) -> String {
     let mut columns = COUNTS.to_vec();
     // Only a debug build records these.
@@ -145,11 +296,16 @@ fn ratio(rows: &[&Row], above: &str, below: &str) -> Option<f64> {
 
 /// The write phase and the clear phase over vCPUs, a line for each mode.
 pub(super) fn charts(rows: &[Row]) -> Vec<Chart> {
+    let charts = by_cost(rows).into_iter();
+    charts.flat_map(|rows| charts_of(&rows)).collect()
+}
+
+fn charts_of(rows: &[Row]) -> Vec<Chart> {
     let phases = [("dirty_ns", "write phase"), ("clear_ns", "clear")];
     let charts = timings(rows)
         .into_iter()
         .flat_map(|timing| phases.map(|phase| chart(rows, timing, phase)));
-    charts.collect()
+    charts.chain(scaling_chart(rows)).collect()
 }
 
 fn chart(rows: &[Row], timing: Timing, (key, name): (&str, &str)) -> Chart {
@@ -178,8 +334,8 @@ fn chart(rows: &[Row], timing: Timing, (key, name): (&str, &str)) -> Chart {
 }
 
 fn timings(rows: &[Row]) -> Vec<Timing> {
-    let both = [Timing::Insn, Timing::Wall];
-    both.into_iter()
+    Timing::ALL
+        .into_iter()
         .filter(|timing| rows.iter().any(|row| row.timing == timing.name()))
         .collect()
 }

@@ -43,7 +43,7 @@ pub(super) fn jobs(options: &Options, board: &Board) -> Result<Vec<Job>> {
         for model in &models {
             let options = Options {
                 cpu: Some(model.clone()),
-                mib_per_vcpu: MIB,
+                mib_per_vcpu: Some(MIB),
                 ..options.clone()
             };
             let machine = options.machine(board, VCPUS, u64::from(VCPUS) * MIB, timing)?;

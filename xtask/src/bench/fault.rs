@@ -29,7 +29,8 @@ pub(super) fn jobs(options: &Options, board: &Board) -> Result<Vec<Job>> {
                 hpfar: Some(source.clone()),
                 ..options.clone()
             };
-            let machine = options.machine(board, 1, options.mib_per_vcpu, Timing::Insn)?;
+            let machine =
+                options.machine(board, 1, options.mib_per_vcpu(Timing::Insn), Timing::Insn)?;
             let append = options.append("dirty", &[1], Timing::Insn);
             jobs.push(Job {
                 title: format!("{model}, hpfar={source}"),

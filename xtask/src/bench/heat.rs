@@ -39,11 +39,11 @@ pub(super) fn jobs(options: &Options, board: &Board) -> Result<Vec<Job>> {
             let mut options = options.clone();
             options.cpu = Some(model.clone());
             options.backing = vec![backing.clone()];
-            options.mib_per_vcpu = options.aging.heat_mib;
+            options.mib_per_vcpu = Some(options.aging.heat_mib);
             if options.locking.is_empty() {
                 options.locking = vec![super::options::Locking::Lockless];
             }
-            let guest_mib = u64::from(most) * options.mib_per_vcpu;
+            let guest_mib = u64::from(most) * options.mib_per_vcpu(timing);
             jobs.push(Job {
                 title: format!("{model}, leaves of {backing}"),
                 machine: options.machine(board, most, guest_mib, timing)?,

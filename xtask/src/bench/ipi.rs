@@ -15,7 +15,7 @@ pub(super) fn jobs(options: &Options, board: &Board) -> Result<Vec<Job>> {
     let vcpus = options.vcpus();
     let most = vcpus.iter().copied().max().unwrap_or(1);
     let options = Options {
-        mib_per_vcpu: MIB,
+        mib_per_vcpu: Some(MIB),
         ..options.clone()
     };
     let job = |timing| {

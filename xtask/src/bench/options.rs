@@ -6,6 +6,7 @@ use anyhow::{Result, bail};
 
 use super::aging::Aging;
 use crate::board::Board;
+use crate::clock;
 use crate::machine::{Machine, Timing};
 
 /// Options that describe what is measured.
@@ -17,12 +18,15 @@ pub(crate) struct Options {
     /// Locking modes of the MMU: mutex, rwlock, lockless [default: all]
     #[arg(long, value_delimiter = ',', value_name = "MODE,..")]
     pub(crate) locking: Vec<Locking>,
-    /// Guest memory that each vCPU writes
-    #[arg(long, default_value_t = 16, value_name = "MIB", value_parser = clap::value_parser!(u64).range(2..))]
-    pub(crate) mib_per_vcpu: u64,
-    /// Rounds of write, get, clear
-    #[arg(long, default_value_t = 5, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
-    pub(crate) iterations: u32,
+    /// Guest memory that each vCPU writes [default: 16; under timing parallel 2]
+    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u64).range(2..))]
+    pub(crate) mib_per_vcpu: Option<u64>,
+    /// Pages of that which each vCPU goes over in suite dirty [default: all; under timing parallel 64]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_048_576))]
+    pub(crate) pages: Option<u32>,
+    /// Rounds of write, get, clear [default: 5; under timing parallel 1]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) iterations: Option<u32>,
     /// Of 100 accesses, how many write; the others read
     #[arg(long, default_value_t = 100, value_name = "PERCENT", value_parser = clap::value_parser!(u32).range(0..=100))]
     pub(crate) write_percent: u32,
@@ -56,7 +60,8 @@ pub(crate) struct Options {
     /// Memory that is mapped in suite protect [default: 256, 1024; with --full 4096 too]
     #[arg(long, value_delimiter = ',', value_name = "MIB,..", value_parser = clap::value_parser!(u64).range(2..))]
     pub(crate) mib: Vec<u64>,
-    /// insn: nanoseconds are instructions; wall: CPUs run at the same time [default: both]
+    /// insn: nanoseconds are instructions, CPUs take turns; parallel: nanoseconds are instructions, all CPUs advance together; wall:
+    /// CPUs run at the same time [default: insn, wall]
     #[arg(long, value_delimiter = ',', value_name = "TIMING,..")]
     pub(crate) timing: Vec<Timing>,
     /// CPU model
@@ -112,6 +117,8 @@ pub(crate) struct Options {
     pub(crate) full: bool,
     #[command(flatten)]
     pub(crate) aging: Aging,
+    #[command(flatten)]
+    pub(crate) clock: clock::Pace,
 }
 
 /// A locking mode by name.
@@ -176,6 +183,22 @@ impl Options {
         }
     }
 
+    /// Guest memory of each vCPU: the parallel clock has no noise to be averaged away, and every CPU's work is done in turn.
+    pub(crate) fn mib_per_vcpu(&self, timing: Timing) -> u64 {
+        let few = timing == Timing::Parallel && !self.full;
+        self.mib_per_vcpu.unwrap_or(if few { 2 } else { 16 })
+    }
+
+    fn iterations(&self, timing: Timing) -> u32 {
+        let few = timing == Timing::Parallel && !self.full;
+        self.iterations.unwrap_or(if few { 1 } else { 5 })
+    }
+
+    fn pages(&self, timing: Timing) -> Option<u32> {
+        let few = timing == Timing::Parallel && !self.full && self.mib_per_vcpu.is_none();
+        self.pages.or(few.then_some(64))
+    }
+
     /// The largest leaf, for suites that measure one.
     fn backing(&self) -> &str {
         self.backing.first().map_or("4k", String::as_str)
@@ -208,6 +231,7 @@ impl Options {
             .memory
             .unwrap_or(256 + 2 * guest_mib.next_power_of_two());
         machine.timing = timing;
+        machine.clock = self.clock.settings();
         let smallest = Machine {
             cpus: 1,
             ..machine.clone()
@@ -234,7 +258,11 @@ impl Options {
                     .collect::<Vec<_>>()
                     .join(",")
             ),
-            format!("mib={} iterations={}", self.mib_per_vcpu, self.iterations),
+            format!(
+                "mib={} iterations={}",
+                self.mib_per_vcpu(timing),
+                self.iterations(timing)
+            ),
             format!(
                 "write-percent={} order={order} seed={}",
                 self.write_percent, self.seed
@@ -242,6 +270,7 @@ impl Options {
             format!("stride={} backing={}", self.stride, self.backing()),
             format!("initially-all-set={}", u8::from(self.initially_all_set)),
         ];
+        words.extend(self.pages(timing).map(|pages| format!("pages={pages}")));
         words.extend(self.hpfar.iter().map(|source| format!("hpfar={source}")));
         let lists = [
             ("splitting", &self.splitting),

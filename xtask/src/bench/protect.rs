@@ -125,15 +125,15 @@ fn many_root_entries(options: &Options, board: &Board) -> Result<Job> {
 fn job(options: &Options, board: &Board, timing: Timing, backing: &str) -> Result<Job> {
     let vcpus = match timing {
         Timing::Insn => vec![1],
-        Timing::Wall if options.vcpus.is_empty() => vec![1, 4],
-        Timing::Wall => options.vcpus(),
+        Timing::Wall | Timing::Parallel if options.vcpus.is_empty() => vec![1, 4],
+        Timing::Wall | Timing::Parallel => options.vcpus(),
     };
     let sizes: &[u64] = match (timing, options.full) {
         _ if !options.mib.is_empty() => &options.mib,
         (Timing::Insn, false) => &[256, 1024],
         (Timing::Insn, true) => &[256, 1024, 4096],
-        (Timing::Wall, false) => &[256],
-        (Timing::Wall, true) => &[256, 1024],
+        (Timing::Wall | Timing::Parallel, false) => &[256],
+        (Timing::Wall | Timing::Parallel, true) => &[256, 1024],
     };
     let mut options = possible(options, board);
     options.backing = vec![backing.to_owned()];
@@ -202,7 +202,7 @@ pub(super) fn engine(row: &Row) -> String {
 /// The call, what comes after it, the background work, and how the call grows with memory.
 pub(super) fn report(rows: &[Row]) -> String {
     let mut text = String::new();
-    for timing in [Timing::Insn, Timing::Wall] {
+    for timing in Timing::ALL {
         let of = |case: &str| -> Vec<Row> {
             let wanted = |row: &&Row| row.timing == timing.name() && row.case == case;
             sorted(rows.iter().filter(wanted))
@@ -215,7 +215,7 @@ pub(super) fn report(rows: &[Row]) -> String {
         };
         let ticks = match timing {
             Timing::Insn => ("instructions", 1.0),
-            Timing::Wall => ("microseconds", 1e3),
+            Timing::Wall | Timing::Parallel => ("microseconds", 1e3),
         };
         text += &format!(
             "\nprotect, timing {}, {}\n",
@@ -345,7 +345,7 @@ fn against_walk(rows: &[Row], row: &Row, key: &str) -> Option<f64> {
 fn work(rows: &[Row], timing: Timing) -> String {
     let (name, scale) = match timing {
         Timing::Insn => ("insn", 1.0),
-        Timing::Wall => ("ns", 1e3),
+        Timing::Wall | Timing::Parallel => ("ns", 1e3),
     };
     let mut heading = LINE.to_vec();
     heading.extend(["harvest", "harvest 1 %"]);
@@ -421,7 +421,7 @@ fn growth(rows: &[Row]) -> String {
 /// The call, and rewriting everything after it, over memory; a line for each engine.
 pub(super) fn charts(rows: &[Row]) -> Vec<Chart> {
     let mut charts = Vec::new();
-    for timing in [Timing::Insn, Timing::Wall] {
+    for timing in Timing::ALL {
         let wanted = |row: &&Row| {
             row.timing == timing.name() && row.case == "stopped" && row.param("stride") != SPARSE
         };

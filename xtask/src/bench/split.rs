@@ -108,8 +108,10 @@ fn job(
 ) -> Result<Job> {
     let vcpus = match timing {
         Timing::Insn => vec![1],
-        Timing::Wall if options.vcpus.is_empty() && !options.full => vec![1, 8],
-        Timing::Wall => options.vcpus(),
+        Timing::Wall | Timing::Parallel if options.vcpus.is_empty() && !options.full => {
+            vec![1, 8]
+        }
+        Timing::Wall | Timing::Parallel => options.vcpus(),
     };
     let most = vcpus.iter().copied().max().unwrap_or(1);
     let mut options = Options {
@@ -126,7 +128,7 @@ fn job(
     options.backing.retain(|size| size != "4k");
     let backing = options.backing.first().cloned();
     options.backing = vec![backing.unwrap_or_else(|| "2m".to_owned())];
-    let mut guest_mib = u64::from(most) * options.mib_per_vcpu;
+    let mut guest_mib = u64::from(most) * options.mib_per_vcpu(timing);
     if options.backing == ["1g"] {
         // Whole gigabytes, wherever they can be aligned.
         guest_mib = guest_mib.next_multiple_of(1024) + 1024;
@@ -142,7 +144,7 @@ fn job(
 /// Times, the eager phase, the pass, the stalls, and what a block costs.
 pub(super) fn report(rows: &[Row]) -> String {
     let mut text = String::new();
-    for timing in [Timing::Wall, Timing::Insn] {
+    for timing in [Timing::Wall, Timing::Parallel, Timing::Insn] {
         let of = |case: &str| -> Vec<Row> {
             let wanted = |row: &&Row| row.timing == timing.name() && row.case == case;
             sorted(rows.iter().filter(wanted))
@@ -261,7 +263,7 @@ fn counts(rows: &[Row], columns: &[Column]) -> String {
 /// The pass's counts, and how many times as many exits the baseline takes.
 fn passes(rows: &[Row], timing: Timing) -> String {
     let stalls: &[Column] = match timing {
-        Timing::Wall => &STALLS,
+        Timing::Wall | Timing::Parallel => &STALLS,
         Timing::Insn => &[],
     };
     let mut heading = LINE.to_vec();

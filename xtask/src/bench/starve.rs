@@ -16,7 +16,7 @@ pub(super) fn jobs(options: &Options, board: &Board) -> Result<Vec<Job>> {
     let machine = options.machine(
         board,
         most,
-        u64::from(most) * options.mib_per_vcpu,
+        u64::from(most) * options.mib_per_vcpu(Timing::Wall),
         Timing::Wall,
     )?;
     let append = options.append("starve", &vcpus, Timing::Wall);

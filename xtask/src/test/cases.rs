@@ -81,6 +81,7 @@ pub(super) fn all(board: &Board, soak: bool) -> Vec<Case> {
         table.exits(),
         table.firmware(),
         table.scheduling(),
+        table.parallel(),
         table.refusals(),
     ];
     groups.into_iter().flatten().collect()
