@@ -13,7 +13,7 @@ use crate::vm::resident::Resident;
 use crate::vm::vcpu::Vcpu;
 use crate::vm::vgic::access::Accessor;
 use crate::vm::vgic::distributor::index_of;
-use crate::vm::vgic::flight::{Holder, VcpuSet, concern};
+use crate::vm::vgic::flight::{Holder, SpiSet, VcpuSet, concern};
 use crate::vm::vgic::private::{Private, Wiring};
 use crate::vm::vgic::shared::{Routing, Shared, Target};
 use crate::vm::vgic::state::{VcpuState, VmState};
@@ -97,6 +97,14 @@ impl Vm {
             vcpu.attention.store(true, Ordering::Relaxed);
         }
         true
+    }
+
+    /// A vCPU was turned on or off: whoever shared interrupts are for now looks at them.
+    pub(crate) fn rehome_interrupts(&self) {
+        let concerned = self.concern(&self.shared.lock(), SpiSet::all());
+        concerned
+            .filter_map(|vcpu| self.vcpus().get(vcpu))
+            .for_each(|vcpu| self.alert(vcpu));
     }
 
     /// A shared interrupt may be for `vcpu`; the lock of the shared interrupts is held.

@@ -91,8 +91,11 @@ impl Resident<'_> {
         }
     }
 
-    fn cpu_off(&self) {
+    /// What it has not taken of interrupts that others may take goes to those.
+    fn cpu_off(&mut self) {
         *self.vcpu.power.lock() = Power::Off;
+        self.take_back();
+        self.vm.rehome_interrupts();
     }
 
     fn affinity_info(&self, target: u64, level: u64) -> u64 {

@@ -297,6 +297,7 @@ impl<'a> Resident<'a> {
         *self.parked.el1 = El1::reset(old.vmpidr, old.cntvoff);
         // SAFETY: this CPU holds the vCPU, whose old state ends here.
         unsafe { arch::reload(&self.parked.el1) };
+        self.vm.rehome_interrupts();
     }
 
     fn act(&mut self, exit: Exit) {

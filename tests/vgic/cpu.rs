@@ -10,7 +10,7 @@ use vellum::arch;
 use vellum::dev::mmio::Registers;
 use vellum::vm::vgic::access::Accessor;
 use vellum::vm::vgic::distributor::index_of;
-use vellum::vm::vgic::flight::{Holder, concern};
+use vellum::vm::vgic::flight::{Holder, SpiSet, concern};
 use vellum::vm::vgic::interface::{Access, Interface, Saved};
 use vellum::vm::vgic::lists::{Entry, Format, State};
 use vellum::vm::vgic::private::{Private, Wiring};
@@ -53,6 +53,8 @@ pub(crate) struct Machine {
     pub(crate) eoi_mode: bool,
     lists: usize,
     pub(crate) cpus: Vec<Cpu>,
+    /// Which vCPUs are on.
+    pub(crate) on: Vec<bool>,
     pub(crate) shared: Mutex<Shared>,
     pub(crate) control: AtomicU32,
     current: usize,
@@ -98,6 +100,7 @@ impl Machine {
             eoi_mode,
             lists,
             cpus: (0..vcpus).map(cpu).collect(),
+            on: vec![true; vcpus],
             shared: Mutex::new(Shared::new(Routing::new(gicv3, vcpus))),
             control: AtomicU32::new(0),
             current: 0,
@@ -256,8 +259,7 @@ impl Machine {
     fn relist(&mut self, index: usize) {
         self.switch(index);
         let control = *self.control.get_mut();
-        let (cpus, shared) = (&mut self.cpus, &self.shared);
-        let count = cpus.len();
+        let (cpus, shared, on) = (&mut self.cpus, &self.shared, &self.on);
         let cpu = &mut cpus[index];
         cpu.attention.set(false);
         cpu.updates += 1;
@@ -278,7 +280,7 @@ impl Machine {
         let (listing, others) = holder.relist(
             &mut cpu.interface,
             &wiring,
-            |target| home(target, count),
+            |target| home(target, on),
             |vcpu| marked.lock().push(vcpu),
         );
         if listing.release {
@@ -298,16 +300,33 @@ impl Machine {
 
     /// Changes a shared interrupt as a device does.
     pub(crate) fn change(&mut self, intid: u16, change: impl FnOnce(&mut Shared) -> bool) {
-        let count = self.cpus.len();
+        let on = &self.on;
         let shared = self.shared.get_mut();
         if change(shared) {
             let marked = Mutex::new(Vec::new());
-            let home = |target| home(target, count);
+            let home = |target| home(target, on);
             let ids = intid..intid + 1;
             let set = concern(shared, ids, home, |vcpu| marked.lock().push(vcpu));
             self.marked(marked.into_inner());
             set.for_each(|vcpu| self.cpus[vcpu].attention.set(true));
         }
+    }
+
+    /// Turns a vCPU on or off, as PSCI does.
+    pub(crate) fn set_power(&mut self, vcpu: usize, on: bool) {
+        self.on[vcpu] = on;
+        if !on {
+            self.by(vcpu).take_back();
+        }
+        let marked = Mutex::new(Vec::new());
+        let set = concern(
+            self.shared.get_mut(),
+            SpiSet::all(),
+            |target| home(target, &self.on),
+            |vcpu| marked.lock().push(vcpu),
+        );
+        self.marked(marked.into_inner());
+        set.for_each(|vcpu| self.cpus[vcpu].attention.set(true));
     }
 
     /// Changes the line of a private interrupt as a device does.
@@ -325,13 +344,17 @@ impl By<'_> {
     }
 }
 
-/// All vCPUs are on: the first of several is the one.
-fn home(target: Target, vcpus: usize) -> Option<usize> {
+/// Of several the first that is on is the one, or the first if none is.
+fn home(target: Target, on: &[bool]) -> Option<usize> {
+    let of_several = |bits: u8| {
+        let candidates = || (0..on.len()).filter(|vcpu| bits >> vcpu & 1 != 0);
+        candidates().find(|vcpu| on[*vcpu]).or(candidates().next())
+    };
     match target {
         Target::Home(vcpu) => Some(vcpu),
-        Target::Affinity(affinity) => index_of(affinity).filter(|index| *index < vcpus),
-        Target::OneOf(bits) => (0..vcpus).find(|vcpu| bits >> vcpu & 1 != 0),
-        Target::Any => Some(0),
+        Target::Affinity(affinity) => index_of(affinity).filter(|index| *index < on.len()),
+        Target::OneOf(bits) => of_several(bits),
+        Target::Any => of_several(u8::MAX),
     }
 }
 
@@ -371,7 +394,7 @@ impl Accessor for By<'_> {
     }
 
     fn home(&self, target: Target) -> Option<usize> {
-        home(target, self.machine.cpus.len())
+        home(target, &self.machine.on)
     }
 
     fn mark(&self, vcpu: usize) {
@@ -385,7 +408,7 @@ impl Accessor for By<'_> {
     fn take_back(&mut self) {
         let machine = &mut *self.machine;
         machine.switch(self.own);
-        let count = machine.cpus.len();
+        let on = &machine.on;
         let cpu = &mut machine.cpus[self.own];
         let holder = Holder {
             index: self.own,
@@ -396,7 +419,7 @@ impl Accessor for By<'_> {
         let marked = Mutex::new(Vec::new());
         let others = holder.take_back(
             &mut cpu.interface,
-            |target| home(target, count),
+            |target| home(target, on),
             |vcpu| marked.lock().push(vcpu),
         );
         cpu.attention.set(true);

@@ -68,6 +68,11 @@ impl Program {
     /// Lines drop, guests take and end everything, and then nothing is left.
     pub(crate) fn finish(&mut self) {
         self.note(|| "finish".into());
+        for vcpu in 0..self.machine.cpus.len() {
+            if !self.machine.on[vcpu] {
+                self.set_power(vcpu);
+            }
+        }
         self.set_control(3);
         let vcpus = self.machine.cpus.len();
         for vcpu in 0..vcpus {
@@ -129,7 +134,8 @@ impl Program {
     fn step(&mut self) {
         let vcpu = self.below(self.machine.cpus.len());
         let intid = self.one_of(&USED);
-        match self.below(20) {
+        match self.below(21) {
+            20 => self.set_power(vcpu),
             0..5 => self.acknowledge(vcpu),
             5..8 => self.end(vcpu),
             8 => {
@@ -150,7 +156,24 @@ impl Program {
         }
     }
 
+    /// Off goes only who handles no interrupt; it takes none then.
+    fn set_power(&mut self, vcpu: usize) {
+        let handles = (0..128).any(|intid| {
+            let it = self.reference.at(vcpu, intid);
+            it.active && (intid < 32 || it.handler == vcpu)
+        });
+        let on = !self.machine.on[vcpu];
+        if on || !handles && self.machine.cpus[vcpu].running.is_empty() {
+            self.note(|| format!("vCPU {vcpu} on: {on}"));
+            self.machine.set_power(vcpu, on);
+            self.reference.on[vcpu] = on;
+        }
+    }
+
     fn acknowledge(&mut self, vcpu: usize) {
+        if !self.machine.on[vcpu] {
+            return;
+        }
         let choice = self.below(16);
         let running = self.machine.cpus[vcpu]
             .running
@@ -513,5 +536,49 @@ fn equals_are_served_in_turn() {
             machine.run_loops();
         }
         assert_eq!(taken, [100; 16]);
+    }
+}
+
+/// An interrupt for any of several, between its coming and its being taken while one of them is turned on or off: whoever it is
+/// for afterwards gets it.
+#[test]
+fn who_comes_or_goes_keeps_no_interrupt_from_others() {
+    const SPI: u16 = 40;
+    let (word, bit) = (4 * (u64::from(SPI) / 32), 1 << (SPI % 32));
+    for (gicv3, forwarded, goes) in [false, true]
+        .into_iter()
+        .flat_map(|gicv3| [(gicv3, false), (gicv3, true)])
+        .flat_map(|(gicv3, forwarded)| [(gicv3, forwarded, false), (gicv3, forwarded, true)])
+    {
+        let mut machine = Machine::new(gicv3, 2, 4, false);
+        let (frame, routes, any, bytes) = if gicv3 {
+            let routes = 0x6000 + 8 * u64::from(SPI);
+            (Frame::DistributorV3, routes, 1 << 31, 8)
+        } else {
+            let routes = 0x800 + u64::from(SPI);
+            (Frame::DistributorV2, routes, 0b11, 1)
+        };
+        let write = |machine: &mut Machine, offset, bytes, value| {
+            access::write(&mut machine.by(1), frame, offset, bytes, value);
+            machine.run_loops();
+        };
+        write(&mut machine, 0x080 + word, 4, bit);
+        write(&mut machine, 0x100 + word, 4, bit);
+        write(&mut machine, routes, bytes, any);
+        machine.set_power(0, goes);
+        machine.run_loops();
+        if forwarded {
+            write(&mut machine, 0, 4, 3);
+        }
+        machine.change(SPI, |shared| shared.set_line(SPI, true));
+        machine.run_loops();
+        machine.set_power(0, !goes);
+        machine.run_loops();
+        write(&mut machine, 0, 4, 3);
+        // What vCPU 1 had listed it may keep.
+        let candidates = [Some(1), (!goes).then_some(0)];
+        let mut takes = |vcpu| machine.acknowledge(vcpu, 0).map(|taken| taken.0);
+        let taken = candidates.into_iter().flatten().find_map(&mut takes);
+        assert_eq!(taken, Some(SPI), "{gicv3} {forwarded} {goes}");
     }
 }

@@ -34,6 +34,8 @@ pub(crate) struct Reference {
     pub(crate) gicv3: bool,
     pub(crate) control: u32,
     pub(crate) private: Vec<[Interrupt; 32]>,
+    /// Which vCPUs are on.
+    pub(crate) on: Vec<bool>,
     /// By their numbers, from 32 on.
     pub(crate) shared: [Interrupt; 96],
 }
@@ -48,6 +50,7 @@ impl Reference {
             gicv3,
             control: 0,
             private: vec![[reset; 32]; vcpus],
+            on: vec![true; vcpus],
             shared: [reset; 96],
         }
     }
@@ -59,15 +62,20 @@ impl Reference {
         }
     }
 
-    /// Who would take a shared interrupt: of several, the first.
+    /// Who would take a shared interrupt: of several, the first that is on, or the first if none is.
     pub(crate) fn target(&self, interrupt: &Interrupt) -> Option<usize> {
         let vcpus = self.private.len();
         let route = interrupt.route;
+        let several = |list: u64| {
+            let candidates = || (0..vcpus).filter(|vcpu| list >> vcpu & 1 != 0);
+            let on = candidates().find(|vcpu| self.on[*vcpu]);
+            on.or(candidates().next())
+        };
         if !self.gicv3 {
-            return (0..vcpus).find(|vcpu| route >> vcpu & 1 != 0);
+            return several(route);
         }
         if route & 1 << 31 != 0 {
-            return Some(0);
+            return several(u64::MAX);
         }
         let exists = route & 0xff_ffff < vcpus as u64;
         exists.then(|| usize::try_from(route & 0xff_ffff).unwrap())

@@ -7,7 +7,7 @@ use spin::Mutex;
 use super::interface::{Interface, Returned};
 use super::listing::Listing;
 use super::private::{Private, Wiring};
-use super::shared::{FIRST, Shared, Target};
+use super::shared::{FIRST, SPIS, Shared, Target};
 
 /// A set of shared interrupts.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
@@ -19,6 +19,15 @@ impl SpiSet {
         if intid >= FIRST {
             self.0 |= 1_u128.unbounded_shl(u32::from(intid));
         }
+    }
+}
+
+impl SpiSet {
+    /// All of them.
+    pub fn all() -> Self {
+        let mut all = Self::default();
+        (FIRST..FIRST + SPIS).for_each(|intid| all.add(intid));
+        all
     }
 }
 
