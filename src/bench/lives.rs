@@ -60,15 +60,20 @@ impl Holdings {
     }
 }
 
-/// A VM runs for a while, or hardly, or is paused, moved or reset before it is destroyed.
+/// A VM runs for a while, or hardly, or is paused, moved, reset or interrupted by its devices before it is destroyed.
 fn live(scene: Scene, round: u64, guest_cpus: usize) -> Result<(), Refusal> {
     scene.run_freely(round)?;
-    match round % 5 {
+    match round % 6 {
         0 => {}
         1 => {
             scene.end_run()?;
         }
         2 => scene.pause_and_resume(),
+        5 => {
+            scene.interrupt();
+            scene.stop();
+            scene.interrupt();
+        }
         3 => scene.send_to(0, 1 + usize::try_from(round).unwrap_or(0) % guest_cpus)?,
         _ => {
             scene.reset()?;

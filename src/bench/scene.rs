@@ -481,6 +481,24 @@ impl Scene {
         self.vm.start(self.host);
     }
 
+    /// Takes all vCPUs from their CPUs.
+    pub(super) fn stop(&self) {
+        self.vm.stop(self.host);
+    }
+
+    /// Devices interrupt the VM, whatever it does: by lines and edges, shared and private, also by numbers that do not exist.
+    pub(super) fn interrupt(&self) {
+        for intid in [0, 31, 33, 40, 127, 128, 1023] {
+            self.vm.set_line(intid, true);
+            self.vm.pulse_line(intid);
+        }
+        for vcpu in self.vm.vcpus() {
+            for intid in [0, 16, 26, 31, 32, 255] {
+                self.vm.set_private_line(vcpu, intid, true);
+            }
+        }
+    }
+
     /// Resets the VM and starts it again: its first vCPU waits for an operation then.
     pub(super) fn reset(&self) -> Result<(), Refusal> {
         self.vm.reset(self.host).map_err(refused)?;

@@ -21,6 +21,7 @@ mod structure;
 mod summary;
 mod swap;
 mod vmid;
+mod waking;
 
 /// Explores `body`.
 fn check(body: impl Fn() + Send + Sync + 'static) {
