@@ -47,6 +47,10 @@ pub mod op {
     /// Every vCPU: the interrupt storm. x1 SGIs to send, x2 nonzero if each waits for the one before, x3 period of the timer in
     /// ticks, x4 seed. Results: SGIs handled, bit mask of what failed.
     pub const STORM: u64 = 17;
+    /// A flag of [`STORM`]: each send waits until the one before was handled.
+    pub const STORM_PACED: u64 = 1 << 0;
+    /// A flag of [`STORM`]: vCPUs look at each other's interrupts, and every other one deactivates them apart from ending them.
+    pub const STORM_MIXED: u64 = 1 << 1;
     /// x1 ticks of the timer, each of whose handlers waits between acknowledging and ending it, until
     /// [`super::Area::released`] permits. Results: ticks, and how many came other than once.
     pub const HELD_TICKS: u64 = 16;
@@ -224,6 +228,8 @@ pub struct Area {
     pub storm_taken: AtomicU64,
     /// As above: ticks between two interrupts of the timer, zero for one only.
     pub storm_period: AtomicU64,
+    /// As above: this vCPU deactivates interrupts apart from ending them.
+    pub storm_deactivates: AtomicU64,
     /// As above: this vCPU has sent everything.
     pub storm_done: AtomicU64,
     /// The lock that [`ipi::BROADCAST_LOCK`] takes, in the area of vCPU 0.

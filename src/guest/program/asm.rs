@@ -99,6 +99,8 @@ write_register!(set_icc_sre, "s3_0_c12_c12_5", "ICC_SRE_EL1.");
 write_register!(set_icc_pmr, "s3_0_c4_c6_0", "ICC_PMR_EL1.");
 write_register!(set_icc_igrpen1, "s3_0_c12_c12_7", "ICC_IGRPEN1_EL1.");
 write_register!(set_icc_eoir1, "s3_0_c12_c12_1", "ICC_EOIR1_EL1.");
+write_register!(set_icc_dir, "s3_0_c12_c11_1", "ICC_DIR_EL1.");
+write_register!(set_icc_ctlr, "s3_0_c12_c12_4", "ICC_CTLR_EL1.");
 write_register!(set_icc_sgi1r, "s3_0_c12_c11_5", "ICC_SGI1R_EL1.");
 
 /// This vCPU's affinity.

@@ -12,12 +12,18 @@ const GICD_CTLR: u64 = GICD;
 const GICD_SGIR: u64 = GICD + 0xf00;
 const IGROUPR0: u64 = 0x80;
 const ISENABLER0: u64 = 0x100;
+const ISPENDR0: u64 = 0x200;
+const ISACTIVER0: u64 = 0x300;
 const GICR_WAKER: u64 = 0x14;
 
 const GICC_CTLR: u64 = GICC;
 const GICC_PMR: u64 = GICC + 0x4;
 const GICC_IAR: u64 = GICC + 0xc;
 const GICC_EOIR: u64 = GICC + 0x10;
+const GICC_DIR: u64 = GICC + 0x1000;
+const GICC_CTLR_ENABLE: u64 = 1;
+const GICC_CTLR_EOI_MODE: u64 = 1 << 9;
+const ICC_CTLR_EOI_MODE: u64 = 1 << 1;
 
 /// All SGIs and the timers' PPIs.
 const ENABLED: u64 = 0xffff | 1 << TIMER | 1 << PHYSICAL_TIMER;
@@ -95,4 +101,36 @@ pub(super) fn end(acknowledged: u64) {
     } else {
         asm::set_icc_eoir1(acknowledged);
     }
+}
+
+/// Has this vCPU deactivate interrupts apart from dropping their priority (EOImode 1), or not.
+pub(super) fn set_separate_deactivation(separate: bool) {
+    let or_none = |mode| if separate { mode } else { 0 };
+    if params().gic == 2 {
+        asm::store_word(GICC_CTLR, GICC_CTLR_ENABLE | or_none(GICC_CTLR_EOI_MODE));
+    } else {
+        asm::set_icc_ctlr(or_none(ICC_CTLR_EOI_MODE));
+    }
+}
+
+/// Deactivates it, after its end.
+pub(super) fn deactivate(acknowledged: u64) {
+    if params().gic == 2 {
+        asm::store_word(GICC_DIR, acknowledged);
+    } else {
+        asm::set_icc_dir(intid(acknowledged));
+    }
+}
+
+/// Looks at what is pending and active of vCPU `of`, and enables again what it has enabled; of this vCPU, where others' registers
+/// cannot be reached (GICv2).
+pub(super) fn look_at(of: u64) {
+    let frame = if params().gic == 2 {
+        GICD
+    } else {
+        GICR + of * GICR_STRIDE + SGI_FRAME
+    };
+    asm::load_word(frame + ISPENDR0);
+    asm::load_word(frame + ISACTIVER0);
+    asm::store_word(frame + ISENABLER0, ENABLED);
 }

@@ -30,6 +30,7 @@ extern "C" fn guest_irq() {
             if !storm::tick(area) {
                 asm::set_timer_control(TIMER_MASKED);
             }
+            return storm::end(area, acknowledged);
         }
         gic::PHYSICAL_TIMER => {
             bump(&area.timer_ticks);
@@ -44,7 +45,10 @@ extern "C" fn guest_irq() {
             ipi::locked(area_of(0));
             bump(&area.ipis);
         }
-        sgi @ storm::FIRST..16 => storm::taken(area, sgi),
+        sgi @ storm::FIRST..16 => {
+            storm::taken(area, sgi);
+            return storm::end(area, acknowledged);
+        }
         // Spurious: nothing to end.
         1020.. => return,
         _ => {}

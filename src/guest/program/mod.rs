@@ -64,7 +64,7 @@ fn perform(op: u64, args: [u64; 5]) -> Done {
         op::FREE_RUN => pass::free_run(first, second, third),
         op::ROUNDS => pass::rounds(first, second, third, fourth),
         op::REPORT => uart::report(this_area(), first),
-        op::STORM => storm::run(first, second != 0, third, fourth),
+        op::STORM => storm::run(first, second, third, fourth),
         op::HELD_TICKS => interrupts::held_ticks(first),
         op::TIMER_TEST => interrupts::timer_test(first != 0),
         op::IPI_SEND => interrupts::ipi_send(first),

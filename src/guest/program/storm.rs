@@ -9,7 +9,7 @@ use core::mem::offset_of;
 use core::sync::atomic::Ordering::Relaxed;
 
 use vellum::addr::to_usize;
-use vellum::guest::abi::{self, Area, STORM_SGIS};
+use vellum::guest::abi::{self, Area, STORM_SGIS, op};
 
 use super::interrupts::{TIMER_OFF, TIMER_ON, bump};
 use super::pass::Random;
@@ -17,6 +17,8 @@ use super::{Done, area_of, asm, gic, params, this_area};
 
 /// The first SGI of the storm; one for each of [`STORM_SGIS`].
 pub(super) const FIRST: u64 = 16 - STORM_SGIS as u64;
+/// One in so many sends is followed by a look at another's interrupts.
+const LOOK_IN: u64 = 256;
 /// Seconds after which what has not arrived is lost.
 const PATIENCE_SECONDS: u64 = 20;
 
@@ -28,6 +30,14 @@ pub(super) fn taken(area: &Area, intid: u64) {
     bump(&area.storm_taken);
 }
 
+/// Ends an interrupt the way this vCPU does.
+pub(super) fn end(area: &Area, acknowledged: u64) {
+    gic::end(acknowledged);
+    if area.storm_deactivates.load(Relaxed) != 0 {
+        gic::deactivate(acknowledged);
+    }
+}
+
 /// The timer's handler: the next tick, if there is to be one.
 pub(super) fn tick(area: &Area) -> bool {
     let period = area.storm_period.load(Relaxed);
@@ -37,10 +47,10 @@ pub(super) fn tick(area: &Area) -> bool {
     period != 0
 }
 
-/// Sends `sends` SGIs; if they are `paced`, each only when the one before has been handled, and by an SGI that nobody else sends.
-/// Then waits until everybody has done so and every number that was sent to this vCPU has been seen. Results: interrupts
-/// handled, and what went wrong: bit 0, a number was not seen; bit 1, the timer does not tick; bit 2, others do not end.
-pub(super) fn run(sends: u64, paced: bool, period: u64, seed: u64) -> Done {
+/// Sends `sends` SGIs, as the `flags` of [`op::STORM`] say; those that are paced by an SGI that nobody else sends. Then waits
+/// until everybody has done so and every number that was sent to this vCPU has been seen. Results: interrupts handled, and what
+/// went wrong: bit 0, a number was not seen; bit 1, the timer does not tick; bit 2, others do not end.
+pub(super) fn run(sends: u64, flags: u64, period: u64, seed: u64) -> Done {
     let area = this_area();
     let own = area.index.load(Relaxed);
     let vcpus = params().vcpus;
@@ -49,6 +59,11 @@ pub(super) fn run(sends: u64, paced: bool, period: u64, seed: u64) -> Done {
     area.storm_period.store(period, Relaxed);
     asm::set_timer_value(period);
     asm::set_timer_control(TIMER_ON);
+    let [paced, mixed] = [op::STORM_PACED, op::STORM_MIXED].map(|flag| flags & flag != 0);
+    let deactivates = mixed && !own.is_multiple_of(2);
+    area.storm_deactivates
+        .store(u64::from(deactivates), Relaxed);
+    gic::set_separate_deactivation(deactivates);
     let mut failed = 0;
     for _ in 0..sends {
         let target = (own + 1 + random.below(vcpus - 1)) % vcpus;
@@ -62,6 +77,9 @@ pub(super) fn run(sends: u64, paced: bool, period: u64, seed: u64) -> Done {
         let number = to.storm_sent[to_usize(sgi)].load(Relaxed);
         if paced && !waits_for(|| to.storm_seen[to_usize(sgi)].load(Relaxed) >= number) {
             failed |= 1;
+        }
+        if mixed && random.below(LOOK_IN) == 0 {
+            gic::look_at(target);
         }
         match random.below(4) {
             0 => {
@@ -85,6 +103,8 @@ pub(super) fn run(sends: u64, paced: bool, period: u64, seed: u64) -> Done {
     area.storm_period.store(0, Relaxed);
     asm::set_timer_control(TIMER_OFF);
     asm::take_interrupts();
+    area.storm_deactivates.store(0, Relaxed);
+    gic::set_separate_deactivation(false);
     Done::ok(area.storm_taken.load(Relaxed), failed)
 }
 
