@@ -1,0 +1,150 @@
+//! A vCPU is moved to another CPU while somebody has something for it: whoever has it in the end looks.
+//!
+//! The flag is `Vcpu::attention`, the place `Vcpu::cpu`; who wakes writes the flag and then reads the place, who moves writes the
+//! place and then kicks the CPU that was there, and a CPU that finds the vCPU belongs elsewhere hands it on and kicks there.
+
+use loom::sync::Arc;
+use loom::sync::Mutex;
+use loom::thread;
+use vellum::arch::atomic::{AtomicU64, Ordering};
+
+use crate::check;
+
+const CPUS: usize = 2;
+/// On no queue: in the hands of the CPU that hands it on.
+const NOWHERE: usize = usize::MAX;
+
+/// Two CPUs and a vCPU that sleeps on the first of them.
+struct World {
+    attention: AtomicU64,
+    place: AtomicU64,
+    /// An interrupt is pending for the CPU.
+    kicked: [AtomicU64; CPUS],
+    /// On whose queue the vCPU is.
+    queue: Mutex<usize>,
+    /// How often somebody had something for it, and how much of that it has seen.
+    asked: AtomicU64,
+    seen: AtomicU64,
+}
+
+/// What is done in another order than it ships.
+#[derive(Clone, Copy, Eq, PartialEq)]
+enum Broken {
+    Nothing,
+    /// Who wakes reads the place before it sets the flag.
+    PlaceFirst,
+    /// The CPU that hands the vCPU on does not kick.
+    SilentHandOver,
+}
+
+impl World {
+    fn new() -> Arc<Self> {
+        Arc::new(Self {
+            attention: AtomicU64::new(0),
+            place: AtomicU64::new(0),
+            kicked: [AtomicU64::new(0), AtomicU64::new(0)],
+            queue: Mutex::new(0),
+            asked: AtomicU64::new(0),
+            seen: AtomicU64::new(0),
+        })
+    }
+
+    /// What is pending stays so until it is taken: no store of another's comes before it.
+    fn kick(&self, cpu: u64) {
+        self.kicked[usize::try_from(cpu).unwrap()].swap(1, Ordering::SeqCst);
+    }
+
+    /// `Vm::alert`.
+    fn alert(&self, broken: Broken) {
+        self.asked.fetch_add(1, Ordering::Relaxed);
+        let before = latest(&self.place);
+        if self.attention.swap(1, Ordering::SeqCst) == 0 {
+            let place = match broken {
+                Broken::PlaceFirst => before,
+                _ => latest(&self.place),
+            };
+            self.kick(place);
+        }
+    }
+
+    /// `Vm::move_vcpu`.
+    fn move_to(&self, cpu: u64) {
+        let left = self.place.swap(cpu, Ordering::SeqCst);
+        if left != cpu {
+            self.kick(left);
+        }
+    }
+
+    /// A CPU that sleeps until it is kicked, and then looks once. Whether it was.
+    fn look(&self, cpu: usize, broken: Broken) -> bool {
+        if self.kicked[cpu].swap(0, Ordering::SeqCst) == 0 {
+            return false;
+        }
+        let mut queue = self.queue.lock().unwrap();
+        if *queue != cpu {
+            return true;
+        }
+        let place = latest(&self.place);
+        if usize::try_from(place).unwrap() != cpu {
+            *queue = NOWHERE;
+            drop(queue);
+            *self.queue.lock().unwrap() = usize::try_from(place).unwrap();
+            if broken != Broken::SilentHandOver {
+                self.kick(place);
+            }
+            return true;
+        }
+        drop(queue);
+        if self.attention.swap(0, Ordering::SeqCst) != 0 {
+            let asked = self.asked.load(Ordering::Relaxed);
+            self.seen.store(asked, Ordering::Relaxed);
+        }
+        true
+    }
+}
+
+/// What a load reads where all accesses are sequentially consistent: loom takes them for acquire and release, by which a load may
+/// read what is older.
+fn latest(word: &AtomicU64) -> u64 {
+    word.fetch_add(0, Ordering::SeqCst)
+}
+
+/// One wakes, one moves, a CPU looks meanwhile; then both CPUs look as long as they are kicked.
+fn wake_against_move(broken: Broken) {
+    check(move || {
+        let world = World::new();
+        let waker = {
+            let world = Arc::clone(&world);
+            thread::spawn(move || world.alert(broken))
+        };
+        let first = {
+            let world = Arc::clone(&world);
+            thread::spawn(move || {
+                world.look(0, broken);
+            })
+        };
+        world.move_to(1);
+        waker.join().unwrap();
+        first.join().unwrap();
+        while (0..CPUS).any(|cpu| world.look(cpu, broken)) {}
+        let asked = world.asked.load(Ordering::Relaxed);
+        assert_eq!(world.seen.load(Ordering::Relaxed), asked, "it sleeps on");
+    });
+}
+
+#[test]
+fn good_a_vcpu_that_is_moved_and_woken_wakes() {
+    wake_against_move(Broken::Nothing);
+}
+
+#[test]
+#[should_panic = "it sleeps on"]
+fn bad_a_place_read_before_the_flag_is_set_may_be_the_old_one() {
+    wake_against_move(Broken::PlaceFirst);
+}
+
+#[test]
+#[should_panic = "it sleeps on"]
+fn bad_a_vcpu_handed_on_in_silence_sleeps_on() {
+    wake_against_move(Broken::SilentHandOver);
+}
