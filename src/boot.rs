@@ -9,7 +9,7 @@ mod memory;
 mod uefi;
 
 use alloc::boxed::Box;
-use alloc::string::String;
+use alloc::string::{String, ToString};
 use alloc::sync::Arc;
 use core::fmt::Write;
 use core::ops::Range;
@@ -17,6 +17,8 @@ use core::ops::Range;
 use vellum::addr::{PAGE_BYTES, Pa, to_usize};
 use vellum::arch::boot::Unusable;
 use vellum::arch::features::{Features, cpu_name};
+use vellum::arch::mitigations::Mitigations;
+use vellum::bench::params::Params;
 use vellum::dev::gic::Gic;
 use vellum::dev::machine::{self, Machine, Uart};
 use vellum::dev::pl011::Pl011;
@@ -47,12 +49,14 @@ extern "C" fn boot_cpu_main(tree: u64) -> ! {
         gic: take_interrupt_controller(&machine),
         interrupts: machine.interrupts,
         idle_vttbr: idle_vttbr(),
+        mitigations: Params::mitigations(&machine.bootargs),
     };
-    let (shared, features) = cpus::start(&machine, &memory, shared);
+    let (shared, natures) = cpus::start(&machine, &memory, shared);
+    let (features, mitigations) = weakest(&natures);
     arch::set_lse(features.lse);
     arch::set_coherent_guests(features.fwb && features.idc, features.dic);
-    introduce(&machine, &memory, &features);
-    let host = host::install(share(machine, features, shared));
+    introduce(&machine, &memory, &features, &natures);
+    let host = host::install(share(machine, features, mitigations, shared));
     cpus::release(host);
     let images = bench::Images {
         guest: GUEST,
@@ -127,7 +131,12 @@ fn take_interrupt_controller(machine: &Machine) -> Gic {
 }
 
 /// What VMs share, shaped by the weakest CPU.
-fn share(machine: Machine, features: Features, shared: &'static cpus::Shared) -> Host {
+fn share(
+    machine: Machine,
+    features: Features,
+    mitigations: Mitigations,
+    shared: &'static cpus::Shared,
+) -> Host {
     let cpus = percpu::all().len();
     let services = Services {
         quiescence: Domain::new(cpus),
@@ -152,6 +161,7 @@ fn share(machine: Machine, features: Features, shared: &'static cpus::Shared) ->
         machine,
         gic: &shared.gic,
         features,
+        mitigations,
         services: Arc::new(services),
     }
 }
@@ -171,8 +181,26 @@ fn idle_vttbr() -> u64 {
     vmid::RESERVED.vttbr(root.pa)
 }
 
+/// What every CPU can do, and where the worst of them stands towards attacks on branch predictors.
+fn weakest(natures: &[cpus::Nature]) -> (Features, Mitigations) {
+    let features = natures.iter().map(|it| it.features);
+    let mitigations = natures.iter().map(|it| it.mitigations);
+    match (
+        features.reduce(Features::weakest),
+        mitigations.reduce(Mitigations::worst),
+    ) {
+        (Some(features), Some(mitigations)) => (features, mitigations),
+        _ => panic::refuse(format_args!("no CPU came up")),
+    }
+}
+
 /// Says what was found, to people and to programs.
-fn introduce(machine: &Machine, memory: &memory::Memory, features: &Features) {
+fn introduce(
+    machine: &Machine,
+    memory: &memory::Memory,
+    features: &Features,
+    natures: &[cpus::Nature],
+) {
     let id = arch::id_registers();
     let mut cpu = String::new();
     let named = match cpu_name(id.midr) {
@@ -197,24 +225,34 @@ fn introduce(machine: &Machine, memory: &memory::Memory, features: &Features) {
         machine.board,
         machine.cpus.len()
     );
-    log::info!("mitigations: {}", mitigations(features));
+    let at_exits = introduce_mitigations(machine, features, natures);
     console::line(format_args!(
-        r#"{{"vellum":"machine","board":"{}","cpu":"{cpu}","cpus":{cpus},"memory_mib":{mib},"gic":{gic},"features":[{names}]}}"#,
+        r#"{{"vellum":"machine","board":"{}","cpu":"{cpu}","cpus":{cpus},"memory_mib":{mib},"gic":{gic},"at_exits":"{at_exits}","features":[{names}]}}"#,
         console::Escaped(&machine.board)
     ));
 }
 
-/// What is known about speculation attacks on this machine, and what is done: so far, nothing at exits.
-fn mitigations(features: &Features) -> String {
-    const WORKAROUND_1: u32 = 0x8000_8000;
-    const WORKAROUND_3: u32 = 0x8000_3fff;
-    let [branch_target, branch_history] = [WORKAROUND_1, WORKAROUND_3].map(psci::mitigation);
-    let mut text = String::new();
-    let written = write!(
-        text,
-        "CPU reports csv2={} csv3={} ssbs={}; firmware offers branch-target={branch_target} branch-history={branch_history}; used at exits: none",
-        features.csv2, features.csv3, features.ssbs
-    );
-    debug_assert!(written.is_ok(), "strings grow");
-    text
+/// Says what each CPU does against attacks on branch predictors, and returns what their exits do, in a word.
+fn introduce_mitigations(
+    machine: &Machine,
+    features: &Features,
+    natures: &[cpus::Nature],
+) -> String {
+    let setting = Params::mitigations(&machine.bootargs).name();
+    let Some(first) = natures.first().map(|it| it.mitigations) else {
+        return String::new();
+    };
+    if natures.iter().all(|it| it.mitigations == first) {
+        log::info!(
+            "mitigations={setting}: all CPUs: {first} (csv2={} csv3={} ssbs={})",
+            features.csv2,
+            features.csv3,
+            features.ssbs
+        );
+        return first.at_exit.to_string();
+    }
+    for (cpu, nature) in natures.iter().enumerate() {
+        log::info!("mitigations={setting}: CPU {cpu}: {}", nature.mitigations);
+    }
+    String::from("mixed")
 }

@@ -244,7 +244,7 @@ invalidate_image:
     dsb     sy
     ret
 
-// Gives EL2 a known translation regime: MMU off, vectors set. Rust writes the remaining registers.
+// Gives EL2 a known translation regime: MMU off, vectors set (those of a CPU that mitigates nothing). Rust writes the remaining registers.
 enter_el2:
     constant x9, {SCTLR_OFF}
     msr     sctlr_el2, x9
@@ -256,7 +256,7 @@ enter_el2:
 1:  tst     x9, #0xf0                   // SCTLRX
     b.eq    2f
     msr     s3_4_c1_c0_3, xzr           // SCTLR2_EL2
-2:  address x9, vectors
+2:  address x9, vectors_nothing
     msr     vbar_el2, x9
     isb
     ret

@@ -300,6 +300,9 @@ mod tests {
         let path = vectors.split("\nhypercall:\n").nth(1).unwrap();
         let path = path.split("eret").next().unwrap();
         assert!(path.contains("mrs") && !path.contains("msr"), "{path}");
+        let entry = vectors.split("\n.macro mitigate_nothing").nth(1).unwrap();
+        let entry = entry.split("\nhypercall:\n").next().unwrap();
+        assert!(entry.contains("mrs") && !entry.contains("msr"), "{entry}");
     }
 
     #[test]

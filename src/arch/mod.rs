@@ -8,6 +8,7 @@ pub mod atomic;
 #[macro_use]
 pub mod context;
 pub mod features;
+pub mod mitigations;
 pub mod offsets;
 pub mod stage1;
 

@@ -5,6 +5,9 @@
 /// `CpuBlock::emergency_stack_top`.
 pub const EMERGENCY_STACK_TOP: usize = 0;
 
+/// `CpuBlock::mitigation`.
+pub const MITIGATION: usize = 8;
+
 /// The counter of [`crate::trace::Event::Exits`] in `CpuBlock::counters`.
 pub const EXITS: usize = 128 + 8 * 18;
 

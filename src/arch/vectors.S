@@ -34,20 +34,60 @@
 .endm
 
 // --------------------------------------------------------------------------------------------------------------------
-// Exceptions from a guest.
+// Exceptions from a guest. What stands between the first stores and the rest is done against branch predictors that the
+// guest has trained (arch/mitigations.rs), before any indirect branch and any return. There is a table of vectors for each
+// way; a CPU's block has the loop's count or the function of firmware that is called. The flags are in SPSR_EL2 by then.
 
-.macro from_guest exit
+.macro mitigate_nothing
+.endm
+
+.macro mitigate_clear
+    hint    #22                         // CLRBHB
+    isb
+.endm
+
+// Branches whose target is the next instruction, because it is taken branches that history is made of.
+.macro mitigate_loop
+    mrs     x0, tpidr_el2
+    ldr     x0, [x0, #{MITIGATION}]
+1:  b       2f
+2:  subs    x0, x0, #1
+    b.ne    1b
+    dsb     nsh                         // no speculation past the loop
+    isb
+.endm
+
+// SMCCC 1.1 preserves everything but x0 to x3.
+.macro mitigate_call
+    stp     x2, x3, [sp, #16]
+    mrs     x0, tpidr_el2
+    ldr     w0, [x0, #{MITIGATION}]
+    smc     #0
+    ldp     x2, x3, [sp, #16]
+.endm
+
+.macro enter_from_guest mitigation
 .balign 128
     hint    #16                         // ESB
     stp     x0, x1, [sp]
+    mitigate_\mitigation
+.endm
+
+.macro interrupt_from_guest mitigation
+    enter_from_guest \mitigation
+    b       interrupt
+.endm
+
+.macro exit_from_guest mitigation, exit
+    enter_from_guest \mitigation
     mov     x0, #\exit
     b       save_and_leave
 .endm
 
-.section .text.vectors, "ax"
+.macro table mitigation
 .balign 2048
-.global vectors
-vectors:
+.global vectors_\mitigation
+vectors_\mitigation:
     from_el2 0
     from_el2 1
     from_el2 2
@@ -56,10 +96,7 @@ vectors:
     from_el2 5
     from_el2 6
     from_el2 7
-
-.balign 128
-    hint    #16                         // ESB
-    stp     x0, x1, [sp]
+    enter_from_guest \mitigation        // synchronous
     mrs     x0, esr_el2
     lsr     x1, x0, #{ESR_EC_SHIFT}
     cmp     x1, #{EC_HVC}
@@ -67,21 +104,21 @@ vectors:
     tst     x0, #0xffff                 // HVC #0 only
     b.eq    hypercall
     b       trap
+    interrupt_from_guest \mitigation    // IRQ
+    interrupt_from_guest \mitigation    // FIQ
+    exit_from_guest \mitigation, {EXIT_SERROR}
+    exit_from_guest \mitigation, {EXIT_AARCH32}
+    exit_from_guest \mitigation, {EXIT_AARCH32}
+    exit_from_guest \mitigation, {EXIT_AARCH32}
+    exit_from_guest \mitigation, {EXIT_AARCH32}
+.balign 128
+.endm
 
-.balign 128
-    hint    #16                         // ESB
-    stp     x0, x1, [sp]
-    b       interrupt                   // IRQ
-.balign 128
-    hint    #16                         // ESB
-    stp     x0, x1, [sp]
-    b       interrupt                   // FIQ
-    from_guest {EXIT_SERROR}
-    from_guest {EXIT_AARCH32}
-    from_guest {EXIT_AARCH32}
-    from_guest {EXIT_AARCH32}
-    from_guest {EXIT_AARCH32}
-.balign 128
+.section .text.vectors, "ax"
+    table nothing
+    table clear
+    table loop
+    table call
 
 // x0 = ESR_EL2; x0 and x1 are in the frame.
 hypercall:

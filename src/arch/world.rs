@@ -4,7 +4,7 @@
 //!
 //! | when | what |
 //! |---|---|
-//! | once per CPU (`control.rs`) | every EL2 control register, so that none keeps what firmware left |
+//! | once per CPU (`control.rs`) | every EL2 control register, so that none keeps what firmware left; the vectors ([`set_vectors`]) |
 //! | a CPU takes a vCPU ([`load`]) | VTCR, VTTBR, VMPIDR, CNTVOFF, EL1 state, SIMD state, virtual timer |
 //! | entry and exit ([`enter`]) | nothing but general registers, ELR and SPSR |
 //!
@@ -14,13 +14,14 @@ use core::arch::{asm, global_asm};
 
 use aarch64_cpu::registers::{
     CNTHP_CTL_EL2, CNTV_CTL_EL0, CNTV_CVAL_EL0, CNTVOFF_EL2, ELR_EL2, HCR_EL2, ID_AA64PFR0_EL1,
-    ReadWriteable, Readable, SCTLR_EL1, SPSR_EL2, VTCR_EL2, Writeable,
+    ReadWriteable, Readable, SCTLR_EL1, SPSR_EL2, VBAR_EL2, VTCR_EL2, Writeable,
 };
 
 use super::context::{
     El1, Exit, FRAME_ESR, FRAME_HOST_STACK, FRAME_PC, Frame, KEPT, PSTATE_BTYPE, Simd,
     Stage2Geometry, VERDICT_LOAD_BIT, VERDICT_SAVE_BIT,
 };
+use super::mitigations::AtExit;
 use super::{isb, note_register_writes, offsets, set_vttbr, shield_stage1};
 
 /// ESR_EL2.EC is bits 31:26; ISS2 above it is not looked at by the short paths.
@@ -42,6 +43,7 @@ global_asm!(
     include_str!("vectors.S"),
     EMERGENCY_STACK_TOP = const offsets::EMERGENCY_STACK_TOP,
     EXITS = const offsets::EXITS,
+    MITIGATION = const offsets::MITIGATION,
     FATAL_BYTES = const FATAL_BYTES,
     ESR_EC_SHIFT = const ESR_EC_SHIFT,
     EC_HVC = const EC_HVC,
@@ -63,15 +65,29 @@ global_asm!(
     EXIT_AARCH32 = const Exit::Aarch32 as u64,
 );
 
-// SAFETY: `vectors.S` defines both; `guest_enter` follows the C ABI.
+// SAFETY: `vectors.S` defines them; `guest_enter` follows the C ABI.
 unsafe extern "C" {
-    static vectors: u8;
+    static vectors_nothing: u8;
+    static vectors_clear: u8;
+    static vectors_loop: u8;
+    static vectors_call: u8;
     fn guest_enter(frame: *mut Frame) -> u64;
 }
 
-/// Address of the EL2 vectors, for VBAR_EL2.
-pub fn vectors_address() -> u64 {
-    (&raw const vectors).expose_provenance() as u64
+/// VBAR_EL2: the vectors that do `at_exit`. Those that loop or call find how often, or what, in `CpuBlock::mitigation`.
+///
+/// # Safety
+///
+/// The block of this CPU holds what `at_exit` names, a count that is not zero; what is called has this CPU's firmware behind it.
+pub unsafe fn set_vectors(at_exit: AtExit) {
+    let table = match at_exit {
+        AtExit::Nothing => &raw const vectors_nothing,
+        AtExit::ClearHistory => &raw const vectors_clear,
+        AtExit::Loop(_) => &raw const vectors_loop,
+        AtExit::Call(_) => &raw const vectors_call,
+    };
+    VBAR_EL2.set(table.expose_provenance() as u64);
+    isb();
 }
 
 /// Runs the guest whose general registers are in `frame` until something happens that no short path settles.

@@ -5,6 +5,7 @@ use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 use core::str::FromStr;
 
+use crate::arch::mitigations::Setting;
 use crate::mmu::bbm::MOST_BATCH;
 use crate::mmu::{AccessFlag, Bbm, Engine, Hardware, Level, Locking, Policy, Precision, Tracking};
 
@@ -108,6 +109,8 @@ pub struct Params {
     pub initially_all_set: bool,
     /// Which clock.
     pub timing: Timing,
+    /// What exits do against attacks on branch predictors.
+    pub mitigations: Setting,
     /// Whether HPFAR_EL2 is believed on permission faults.
     pub trust_hpfar: bool,
     /// Sizes of the logged memory of suites `get` and `protect`, in MiB.
@@ -216,6 +219,7 @@ impl Default for Params {
             backing: Level::L3,
             initially_all_set: false,
             timing: Timing::Wall,
+            mitigations: Setting::Auto,
             trust_hpfar: false,
             slot_mib: Vec::from([1024]),
             rounds: 16,
@@ -328,6 +332,12 @@ const BITS: [(&str, bool); 2] = [("0", false), ("1", true)];
 const SOURCES: [(&str, bool); 2] = [("at", false), ("trust", true)];
 
 impl Params {
+    /// What `arguments` say of mitigations, for CPUs that come up before arguments are judged.
+    pub fn mitigations(arguments: &str) -> Setting {
+        let (arguments, _) = arguments.split_once(" -- ").unwrap_or((arguments, ""));
+        Self::parse(arguments).unwrap_or_default().mitigations
+    }
+
     /// Reads the boot arguments. Words without `=` belong to others and are ignored.
     ///
     /// # Errors
@@ -358,6 +368,7 @@ impl Params {
             "backing" => self.backing = size(key, value)?.1,
             "initially-all-set" => self.initially_all_set = named(key, value, &BITS)?,
             "timing" => self.timing = named(key, value, &TIMINGS)?,
+            "mitigations" => self.mitigations = named(key, value, &Setting::ALL)?,
             "hpfar" => self.trust_hpfar = named(key, value, &SOURCES)?,
             "slot-mib" => self.slot_mib = list(value, |word| number(key, word, 2, 1 << 24))?,
             "rounds" => self.rounds = number(key, value, 1, 1 << 20)?,
@@ -588,8 +599,8 @@ mod tests {
     use std::vec;
 
     use super::{
-        ACCESS_FLAGS, Choice, Console, ENGINES, Linux, POLICIES, Params, Pattern, Receivers, Suite,
-        TRACKINGS, Timing, precision_name, size_name, stride_name,
+        ACCESS_FLAGS, Choice, Console, ENGINES, Linux, POLICIES, Params, Pattern, Receivers,
+        Setting, Suite, TRACKINGS, Timing, precision_name, size_name, stride_name,
     };
     use crate::mmu::{
         AccessFlag, Bbm, Engine, Hardware, Level, Locking, Policy, Precision, Tracking,
@@ -603,7 +614,7 @@ mod tests {
              splitting=clear,fault-empty bbm=auto,2 bbm-batch=64 chunk=2m pause-us=20 unsafe-bbm=1 seconds=60 \
              engine=swap,auto tracking=fault,dbm epochs=10000 epoch-us=500,2000 access-flag=software precision=imprecise \
              period-us=500 budget=5 passes=3 pattern=1,99 receivers=running guest-mib=96 console=raw boots=4 \
-             beneath=1",
+             beneath=1 mitigations=off",
         )
         .unwrap();
         let expected = Params {
@@ -620,6 +631,7 @@ mod tests {
             backing: Level::L1,
             initially_all_set: true,
             timing: Timing::Insn,
+            mitigations: Setting::Off,
             trust_hpfar: true,
             slot_mib: vec![16384],
             rounds: 5,
@@ -655,6 +667,18 @@ mod tests {
         assert_eq!(size_name(params.backing), "1g");
         assert_eq!(stride_name(params.stride), "2m");
         assert_eq!(precision_name(params.precision), "imprecise");
+        assert_eq!(params.mitigations.name(), "off");
+    }
+
+    #[test]
+    fn mitigations_are_known_before_all_else_is_judged() {
+        let of = Params::mitigations;
+        assert_eq!(
+            of("suite=none mitigations=on -- mitigations=off"),
+            Setting::On
+        );
+        assert_eq!(of("suite=none -- mitigations=off"), Setting::Auto);
+        assert_eq!(of("mitigations=off suite=sweet"), Setting::Auto);
     }
 
     #[test]
@@ -675,6 +699,7 @@ mod tests {
             ("chunk=4k", "not a block size"),
             ("engine=steam", "auto, walk, lazy, swap, pie"),
             ("tracking=ring", "one of fault, dbm"),
+            ("mitigations=some", "auto, on, off, firmware"),
             ("epochs=0", "1 to"),
             ("epoch-us=0", "1 to"),
             ("access-flag=firmware", "one of auto, hardware, software"),

@@ -10,7 +10,8 @@ use core::sync::atomic::{AtomicU8, Ordering};
 use spin::Once;
 use vellum::addr::Pa;
 use vellum::arch::boot::{Launch, other_cpu_entry_point};
-use vellum::arch::features::Features;
+use vellum::arch::features::{Features, IdRegisters};
+use vellum::arch::mitigations::{AtExit, Mitigations, Setting};
 use vellum::dev::gic::{Gic, KICK};
 use vellum::dev::machine::{Interrupts, Machine};
 use vellum::dev::psci;
@@ -35,6 +36,15 @@ pub(super) struct Shared {
     pub(super) interrupts: Interrupts,
     /// VTTBR_EL2 of a CPU without a guest: tables that translate nothing, under the reserved VMID.
     pub(super) idle_vttbr: u64,
+    /// What is asked for against attacks on branch predictors.
+    pub(super) mitigations: Setting,
+}
+
+/// What a CPU found out about itself.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Nature {
+    pub(super) features: Features,
+    pub(super) mitigations: Mitigations,
 }
 
 /// One CPU that was found.
@@ -43,7 +53,7 @@ struct Cpu {
     launch: Launch,
     affinity: u64,
     block: &'static CpuBlock,
-    features: Once<Features>,
+    nature: Once<Nature>,
     state: AtomicU8,
 }
 
@@ -61,12 +71,12 @@ pub(super) fn boot_cpu_first(machine: &mut Machine) {
     }
 }
 
-/// Brings all CPUs up and returns what the weakest can do. The others then sleep until [`release`].
+/// Brings all CPUs up and returns what each of them is, by number. The others then sleep until [`release`].
 pub(super) fn start(
     machine: &Machine,
     memory: &Memory,
     shared: Shared,
-) -> (&'static Shared, Features) {
+) -> (&'static Shared, Vec<Nature>) {
     let shared = SHARED.call_once(|| shared);
     let cpus = FOUND.call_once(|| describe(machine, memory));
     come_up(0, cpus, shared);
@@ -88,11 +98,11 @@ pub(super) fn start(
     }
     wait(cpus);
     number(cpus, &shared.gic);
-    let online = cpus.iter().filter_map(|it| it.features.get().copied());
-    match online.reduce(Features::weakest) {
-        Some(weakest) => (shared, weakest),
-        None => panic::refuse(format_args!("no CPU came up")),
-    }
+    let online = cpus
+        .iter()
+        .filter(|it| it.state.load(Ordering::Acquire) == ONLINE);
+    let natures = online.filter_map(|it| it.nature.get().copied()).collect();
+    (shared, natures)
 }
 
 /// Lets the other CPUs run guests: they find the host installed.
@@ -128,7 +138,7 @@ fn describe(machine: &Machine, memory: &Memory) -> Vec<Cpu> {
                 },
                 affinity: found.mpidr,
                 block,
-                features: Once::new(),
+                nature: Once::new(),
                 state: AtomicU8::new(STARTING),
             }
         })
@@ -154,8 +164,10 @@ fn new_block(stacks: Stacks, affinity: u64) -> &'static CpuBlock {
 /// The rest of a CPU's life before it runs guests; the last thing it does is to count itself in.
 fn come_up(found: usize, cpus: &[Cpu], shared: &Shared) {
     let cpu = &cpus[found];
-    let features = Features::new(&arch::id_registers());
+    let id = arch::id_registers();
+    let features = Features::new(&id);
     arch::write_control_registers(&features, shared.idle_vttbr);
+    let mitigations = mitigate(cpu, &id, shared.mitigations);
     let Interrupts {
         maintenance,
         virtual_timer,
@@ -171,7 +183,10 @@ fn come_up(found: usize, cpus: &[Cpu], shared: &Shared) {
     cpu.block
         .ring
         .record(Mark::Online, [found as u64, cpu.affinity]);
-    cpu.features.call_once(|| features);
+    cpu.nature.call_once(|| Nature {
+        features,
+        mitigations,
+    });
     if cpu
         .state
         .compare_exchange(STARTING, ONLINE, Ordering::AcqRel, Ordering::Relaxed)
@@ -181,6 +196,21 @@ fn come_up(found: usize, cpus: &[Cpu], shared: &Shared) {
             arch::wfi();
         }
     }
+}
+
+/// Chooses what exits from guests do on this CPU, and has them do it.
+fn mitigate(cpu: &Cpu, id: &IdRegisters, setting: Setting) -> Mitigations {
+    let mitigations = Mitigations::choose(id, psci::mitigations(), setting);
+    let operand = match mitigations.at_exit {
+        AtExit::Loop(operand) | AtExit::Call(operand) => operand,
+        AtExit::Nothing | AtExit::ClearHistory => 0,
+    };
+    cpu.block
+        .mitigation
+        .store(operand.into(), Ordering::Relaxed);
+    // SAFETY: the operand has just been written to this CPU's block; this CPU's firmware offered what is called.
+    unsafe { arch::set_vectors(mitigations.at_exit) };
+    mitigations
 }
 
 /// The other CPUs' first Rust: comes up, and returns once guests may run.

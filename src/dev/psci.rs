@@ -4,6 +4,7 @@ use core::sync::atomic::{AtomicU8, Ordering};
 
 use crate::addr::Pa;
 use crate::arch;
+use crate::arch::mitigations::{Answer, Firmware, WORKAROUND_1, WORKAROUND_3};
 
 /// How firmware is called.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -80,15 +81,37 @@ pub fn version() -> Result<(u64, u64), Refusal> {
     Ok((version >> 16, version & 0xffff))
 }
 
-/// Whether SMCCC offers the architectural call `function` (a mitigation) and says that this CPU needs it.
-pub fn mitigation(function: u32) -> bool {
+/// What firmware says of its calls against attacks on the branch predictor of this CPU. Those are made from the vectors, by
+/// `SMC` only; so where that is not how firmware is called there are none.
+pub fn mitigations() -> Firmware {
     const PSCI_FEATURES: u32 = 0x8400_000a;
     const SMCCC_VERSION: u32 = 0x8000_0000;
+    let callable = CONDUIT.load(Ordering::Relaxed) == Conduit::Smc as u8;
+    // SAFETY: questions change nothing.
+    let known = callable && unsafe { call(PSCI_FEATURES, [SMCCC_VERSION.into(), 0, 0]) }.is_ok();
+    let about = |function| {
+        if known {
+            arch_features(function)
+        } else {
+            Answer::Absent
+        }
+    };
+    Firmware {
+        callable,
+        targets: about(WORKAROUND_1),
+        history: about(WORKAROUND_3),
+    }
+}
+
+/// What SMCCC_ARCH_FEATURES says of `function` on this CPU (DEN0028G, 7.4): 0 that it is needed, 1 that it is not.
+fn arch_features(function: u32) -> Answer {
     const SMCCC_ARCH_FEATURES: u32 = 0x8000_0001;
     // SAFETY: questions change nothing.
-    let known = unsafe { call(PSCI_FEATURES, [SMCCC_VERSION.into(), 0, 0]) };
-    // SAFETY: questions change nothing.
-    known.is_ok() && unsafe { call(SMCCC_ARCH_FEATURES, [function.into(), 0, 0]) } == Ok(0)
+    match unsafe { call(SMCCC_ARCH_FEATURES, [function.into(), 0, 0]) } {
+        Ok(0) => Answer::Offered,
+        Ok(_) => Answer::NotNeeded,
+        Err(_) => Answer::Absent,
+    }
 }
 
 /// Starts the CPU with affinity `mpidr` at `entry` with `argument` in x0.

@@ -20,6 +20,8 @@ use crate::trace::{Counters, Event};
 pub struct CpuBlock {
     /// Top of the stack for exceptions taken from EL2 itself. Read by the vectors, written once before the CPU starts.
     pub emergency_stack_top: AtomicU64,
+    /// What the vectors that mitigate go by: rounds of the loop, or a function of firmware. Written once, before guests run.
+    pub mitigation: AtomicU64,
     /// Position of this CPU in the list of CPUs found at boot.
     pub index: AtomicU32,
     /// MPIDR_EL1 affinity of this CPU.
@@ -34,6 +36,7 @@ pub struct CpuBlock {
 
 const _: () = {
     assert!(offset_of!(CpuBlock, emergency_stack_top) == offsets::EMERGENCY_STACK_TOP);
+    assert!(offset_of!(CpuBlock, mitigation) == offsets::MITIGATION);
     assert!(offset_of!(CpuBlock, counters) + 8 * Event::Exits as usize == offsets::EXITS);
     assert!(
         offset_of!(CpuBlock, counters) + 8 * Event::RegisterWrites as usize

@@ -37,7 +37,12 @@ impl Resident<'_> {
         match smccc::decode(immediate, self.frame.read(0), arguments) {
             Hypercall::Version => self.frame.write(0, smccc::VERSION),
             Hypercall::ArchFeatures(function) => {
-                self.frame.write(0, smccc::arch_features(function))
+                let answer = smccc::arch_features(function, &self.host.mitigations);
+                self.frame.write(0, answer);
+            }
+            Hypercall::Workaround(function) => {
+                let answer = smccc::workaround(function, &self.host.mitigations);
+                self.frame.write(0, answer);
             }
             Hypercall::Psci(call) => self.psci(call),
             Hypercall::VendorUid => self.answer(&smccc::UID),

@@ -5,6 +5,7 @@ use alloc::sync::Arc;
 use spin::Once;
 
 use crate::arch::features::Features;
+use crate::arch::mitigations::Mitigations;
 use crate::dev::gic::{Gic, KICK};
 use crate::dev::machine::{Machine, QEMU_VIRT};
 use crate::mmu::{AccessFlag, Bbm, Engine, Services};
@@ -20,6 +21,8 @@ pub struct Host {
     pub gic: &'static Gic,
     /// What the weakest CPU can do.
     pub features: Features,
+    /// Where the CPUs stand towards attacks on branch predictors: the worst of them.
+    pub mitigations: Mitigations,
     /// What the MMUs share: grace periods, VMIDs, frames for tables.
     pub services: Arc<Services>,
 }

@@ -2,13 +2,19 @@
 //!
 //! The vendor-specific service carries the bench protocol between a controller and the built-in guest. Its null call is
 //! answered by the vectors and is here for completeness.
+//!
+//! The calls against attacks on branch predictors do nothing of their own: the exit itself has done what there is to do
+//! (`arch/mitigations.rs`). So they are offered where exits do something, and said to be needless where no CPU is affected.
 
 use super::psci;
+use crate::arch::mitigations::{Mitigations, Risk, WORKAROUND_1, WORKAROUND_3};
 
 /// NOT_SUPPORTED, for every unknown call.
 pub const NOT_SUPPORTED: u64 = u64::MAX;
 /// SUCCESS.
 pub const SUCCESS: u64 = 0;
+/// A workaround is not needed on any CPU.
+pub const NOT_REQUIRED: u64 = 1;
 /// SMCCC 1.2.
 pub const VERSION: u64 = 0x1_0002;
 /// The UID of this hypervisor's calls, in the four words in which it is returned.
@@ -23,6 +29,8 @@ pub enum Hypercall {
     Version,
     /// SMCCC_ARCH_FEATURES of a function.
     ArchFeatures(u32),
+    /// SMCCC_ARCH_WORKAROUND_1 or 3.
+    Workaround(u32),
     /// PSCI.
     Psci(psci::Call),
     /// The vendor-specific service's UID.
@@ -47,6 +55,7 @@ pub fn decode(immediate: u16, function: u64, arguments: [u64; 3]) -> Hypercall {
         0x8000_0000 => Hypercall::Version,
         0x8000_0001 => u32::try_from(arguments[0] & 0xffff_ffff)
             .map_or(Hypercall::Unknown, Hypercall::ArchFeatures),
+        WORKAROUND_1 | WORKAROUND_3 => Hypercall::Workaround(function),
         0x8600_ff01 => Hypercall::VendorUid,
         0x8600_ff03 => Hypercall::VendorRevision,
         0xc600_0000 => Hypercall::Null,
@@ -55,17 +64,41 @@ pub fn decode(immediate: u16, function: u64, arguments: [u64; 3]) -> Hypercall {
     }
 }
 
-/// What SMCCC_ARCH_FEATURES says of `function`.
-pub fn arch_features(function: u32) -> u64 {
+/// What SMCCC_ARCH_FEATURES says of `function` on a machine with `mitigations`.
+pub fn arch_features(function: u32, mitigations: &Mitigations) -> u64 {
     match function {
         0x8000_0000 | 0x8000_0001 => SUCCESS,
+        WORKAROUND_1 => offered(mitigations.targets),
+        // It drops branch targets, too, where that is needed.
+        WORKAROUND_3 => offered(mitigations.history.max(mitigations.targets)),
         _ => NOT_SUPPORTED,
+    }
+}
+
+const fn offered(risk: Risk) -> u64 {
+    match risk {
+        Risk::Unaffected => NOT_REQUIRED,
+        Risk::Mitigated => SUCCESS,
+        Risk::Vulnerable => NOT_SUPPORTED,
+    }
+}
+
+/// What the call of the workaround `function` returns.
+pub fn workaround(function: u32, mitigations: &Mitigations) -> u64 {
+    match arch_features(function, mitigations) {
+        NOT_SUPPORTED => NOT_SUPPORTED,
+        _ => SUCCESS,
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{Hypercall, NOT_SUPPORTED, SUCCESS, arch_features, decode};
+    use super::{
+        Hypercall, NOT_REQUIRED, NOT_SUPPORTED, SUCCESS, WORKAROUND_1, WORKAROUND_3, arch_features,
+        decode, workaround,
+    };
+    use crate::arch::mitigations::Risk::{Mitigated, Unaffected, Vulnerable};
+    use crate::arch::mitigations::{AtExit, Mitigations};
     use crate::vm::psci::Call;
 
     #[test]
@@ -92,8 +125,31 @@ mod tests {
     }
 
     #[test]
-    fn workarounds_are_not_promised() {
-        assert_eq!(arch_features(0x8000_0001), SUCCESS);
-        assert_eq!(arch_features(0x8000_8000), NOT_SUPPORTED);
+    fn workarounds_are_promised_where_exits_do_them() {
+        let of = |targets, history| Mitigations {
+            at_exit: AtExit::Nothing,
+            targets,
+            history,
+        };
+        let about = |function, mitigations| {
+            [
+                arch_features(function, &mitigations),
+                workaround(function, &mitigations),
+            ]
+        };
+        let (safe, half) = (of(Unaffected, Unaffected), of(Unaffected, Mitigated));
+        assert_eq!(arch_features(0x8000_0001, &safe), SUCCESS);
+        assert_eq!(about(WORKAROUND_1, safe), [NOT_REQUIRED, SUCCESS]);
+        assert_eq!(about(WORKAROUND_3, safe), [NOT_REQUIRED, SUCCESS]);
+        assert_eq!(about(WORKAROUND_1, half), [NOT_REQUIRED, SUCCESS]);
+        assert_eq!(about(WORKAROUND_3, half), [SUCCESS, SUCCESS]);
+        let pi = of(Vulnerable, Mitigated);
+        assert_eq!(about(WORKAROUND_1, pi), [NOT_SUPPORTED; 2]);
+        assert_eq!(about(WORKAROUND_3, pi), [NOT_SUPPORTED; 2]);
+        assert_eq!(about(0x8000_7fff, safe), [NOT_SUPPORTED; 2]);
+        assert_eq!(
+            decode(0, WORKAROUND_1.into(), [0; 3]),
+            Hypercall::Workaround(WORKAROUND_1)
+        );
     }
 }

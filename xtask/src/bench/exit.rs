@@ -1,4 +1,5 @@
-//! Suite `exit`: what exits of each kind cost, beside what KVM needs on the same emulator.
+//! Suite `exit`: what exits of each kind cost, beside what KVM needs on the same emulator, without and with what exits do against
+//! attacks on branch predictors.
 
 use anyhow::Result;
 
@@ -32,7 +33,7 @@ const KVM: [(&str, [f64; 2], Option<f64>); 7] = [
     ("fault_write", [3349.0, 3530.0], Some(300.0)),
 ];
 
-/// One boot for each CPU model and timing.
+/// One boot for each CPU model and timing; instructions are counted without mitigations and with them.
 pub(super) fn jobs(options: &Options, board: &Board) -> Result<Vec<Job>> {
     let models = options.cpu.as_ref().map_or_else(
         || MODELS.map(str::to_owned).to_vec(),
@@ -40,18 +41,26 @@ pub(super) fn jobs(options: &Options, board: &Board) -> Result<Vec<Job>> {
     );
     let mut jobs = Vec::new();
     for timing in options.timing() {
+        let mitigations = match (options.mitigations.as_slice(), timing) {
+            ([], Timing::Insn) => vec!["off".to_owned(), "on".to_owned()],
+            ([], Timing::Wall) => vec!["auto".to_owned()],
+            (asked, _) => asked.to_vec(),
+        };
         for model in &models {
-            let options = Options {
-                cpu: Some(model.clone()),
-                mib_per_vcpu: Some(MIB),
-                ..options.clone()
-            };
-            let machine = options.machine(board, VCPUS, u64::from(VCPUS) * MIB, timing)?;
-            jobs.push(Job {
-                title: format!("{model}, {}", timing.name()),
-                append: options.append("exit", &[VCPUS], timing),
-                machine,
-            });
+            for what in &mitigations {
+                let options = Options {
+                    cpu: Some(model.clone()),
+                    mib_per_vcpu: Some(MIB),
+                    mitigations: vec![what.clone()],
+                    ..options.clone()
+                };
+                let machine = options.machine(board, VCPUS, u64::from(VCPUS) * MIB, timing)?;
+                jobs.push(Job {
+                    title: format!("{model}, {}, mitigations={what}", timing.name()),
+                    append: options.append("exit", &[VCPUS], timing),
+                    machine,
+                });
+            }
         }
     }
     Ok(jobs)
@@ -66,28 +75,46 @@ pub(super) fn report(rows: &[Row]) -> String {
             .filter(|row| cpu(row) == model && row.timing == timing)
             .collect();
         let Some(first) = group.first() else { continue };
+        let (group, mitigated): (Vec<&Row>, Vec<&Row>) = group
+            .iter()
+            .partition(|row| at_exits(row) == at_exits(first));
         text += &format!(
             "\n{}; 2 VMs, {} vCPUs\n",
             first.machine_words(),
             first.param("vcpus")
         );
         text += &if timing == Timing::Insn.name() {
+            let more = mitigated.first().map_or_else(String::new, |row| {
+                format!("; mitigated: with {}", at_exits(row))
+            });
             format!(
-                "instructions, the guest's side and all CPUs included\n{}{SOURCE}\n",
-                instructions(&group)
+                "instructions, the guest's side and all CPUs included; at exits against attacks on branch predictors: {}{more}\n{}{SOURCE}\n",
+                at_exits(first),
+                instructions(&group, &mitigated)
             )
         } else {
-            format!("nanoseconds\n{}", nanoseconds(&group))
+            format!(
+                "nanoseconds; at exits against attacks on branch predictors: {}\n{}",
+                at_exits(first),
+                nanoseconds(&group)
+            )
         };
     }
     text
 }
 
-fn instructions(rows: &[&Row]) -> Table {
+/// What exits do on the machine of a row.
+fn at_exits(row: &Row) -> String {
+    let word = row.machine.get("at_exits").and_then(|word| word.as_str());
+    word.unwrap_or("?").to_owned()
+}
+
+fn instructions(rows: &[&Row], mitigated: &[&Row]) -> Table {
     let heading = [
         "case",
         "of",
         "insn",
+        "mitigated",
         "goal",
         "KVM",
         "KVM/Vellum",
@@ -100,12 +127,16 @@ fn instructions(rows: &[&Row]) -> Table {
     let mut told = Vec::new();
     for row in rows {
         if row.case == "mmio_vgic" && !told.contains(&row.case) {
-            table.row(mean_cells(rows, &row.case, &cpu(row)));
+            table.row(mean_cells(rows, mitigated, &row.case, &cpu(row)));
         }
         told.push(row.case.clone());
         let kvm = kvm(&row.case, &cpu(row)).filter(|_| row.case != "mmio_vgic");
         let insn = row.value("insn");
-        let mut cells = vec![row.case.clone(), detail(row), cell(insn)];
+        let twin = mitigated
+            .iter()
+            .find(|it| it.case == row.case && detail(it) == detail(row));
+        let more = twin.and_then(|twin| twin.value("insn"));
+        let mut cells = vec![row.case.clone(), detail(row), cell(insn), cell(more)];
         cells.extend(compared(insn, kvm));
         cells.extend(["min_ns", "median_ns", "p99_ns", "exits"].map(|key| cell(row.value(key))));
         table.row(cells);
@@ -114,9 +145,14 @@ fn instructions(rows: &[&Row]) -> Table {
 }
 
 /// The line of a case that is judged by its geometric mean.
-fn mean_cells(rows: &[&Row], case: &str, cpu: &str) -> Vec<String> {
+fn mean_cells(rows: &[&Row], mitigated: &[&Row], case: &str, cpu: &str) -> Vec<String> {
     let mean = geometric_mean(rows, case);
-    let mut cells = vec![case.to_owned(), "geometric mean".to_owned(), cell(mean)];
+    let mut cells = vec![
+        case.to_owned(),
+        "geometric mean".to_owned(),
+        cell(mean),
+        cell(geometric_mean(mitigated, case)),
+    ];
     cells.extend(compared(mean, kvm(case, cpu)));
     cells.extend(["-", "-", "-", "-"].map(str::to_owned));
     cells
@@ -193,11 +229,13 @@ pub(super) fn charts(rows: &[Row]) -> Vec<Chart> {
         .collect();
     let mut series = Vec::new();
     for model in distinct(rows, cpu) {
-        let group: Vec<&Row> = insn
+        let mut group: Vec<&Row> = insn
             .iter()
             .copied()
             .filter(|row| cpu(row) == model)
             .collect();
+        let shown = group.first().map(|row| at_exits(row));
+        group.retain(|row| Some(at_exits(row)) == shown);
         let point = |(case, ..): &(&str, [f64; 2], Option<f64>)| {
             Some(((*case).to_owned(), geometric_mean(&group, case)?))
         };
@@ -246,12 +284,36 @@ mod tests {
             assert!(jobs.iter().all(|job| job.machine.cpus == 5));
             jobs.len()
         };
-        assert_eq!(count(&[]), 4);
-        assert_eq!(count(&["--timing", "insn"]), 2);
+        assert_eq!(count(&[]), 6);
+        assert_eq!(count(&["--timing", "insn"]), 4);
+        assert_eq!(count(&["--timing", "insn", "--mitigations", "auto"]), 2);
         assert_eq!(
-            count(&["--cpu", "cortex-a72", "--gic", "2", "--timing", "insn"]),
+            count(&["--cpu", "cortex-a72", "--gic", "2", "--timing", "wall"]),
             1
         );
+    }
+
+    #[test]
+    fn mitigated_exits_stand_beside_those_that_are_not() {
+        let with = |mut row: Row, what: &str| {
+            row.machine.insert("at_exits".into(), what.into());
+            row
+        };
+        let rows = [
+            with(of("hypercall", "", 23), "none"),
+            with(of("hypercall", "", 99), "loop-24"),
+        ];
+        let text = report(&rows);
+        let lines: Vec<&str> = text
+            .lines()
+            .filter(|it| it.contains("hypercall "))
+            .collect();
+        assert_eq!(lines.len(), 1, "{text}");
+        assert!(
+            lines[0].contains(" 23 ") && lines[0].contains(" 99 "),
+            "{text}"
+        );
+        assert!(text.contains("mitigated: with loop-24"), "{text}");
     }
 
     #[test]

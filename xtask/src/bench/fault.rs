@@ -1,5 +1,6 @@
 //! Suite `fault`: instructions from trap to resume of one dirty write fault, for each CPU model and locking mode, and with
-//! the IPA taken from a second walk of stage 1 or from HPFAR_EL2.
+//! the IPA taken from a second walk of stage 1 or from HPFAR_EL2. Without what exits do against attacks on branch predictors,
+//! unless that is asked for: it is the same for every exit of a CPU (suite `exit`).
 
 use anyhow::Result;
 
@@ -27,6 +28,10 @@ pub(super) fn jobs(options: &Options, board: &Board) -> Result<Vec<Job>> {
             let options = Options {
                 cpu: Some(model.clone()),
                 hpfar: Some(source.clone()),
+                mitigations: match options.mitigations.as_slice() {
+                    [] => vec!["off".to_owned()],
+                    asked => asked.to_vec(),
+                },
                 ..options.clone()
             };
             let machine =

@@ -49,6 +49,10 @@ pub(crate) struct Options {
     /// Where a write fault takes its IPA from: at (walk stage 1 again), trust (HPFAR_EL2)
     #[arg(long, value_parser = ["at", "trust"], value_name = "HOW")]
     pub(crate) hpfar: Option<String>,
+    /// What exits do against attacks on branch predictors: auto (what the CPU needs), on, off [default: auto; suite fault: off;
+    /// suite exit: off and on]
+    #[arg(long, value_delimiter = ',', value_parser = ["auto", "on", "off"], value_name = "WHAT,..")]
+    pub(crate) mitigations: Vec<String>,
     /// Sizes of the slots of suite get
     #[arg(
         long,
@@ -272,6 +276,8 @@ impl Options {
         ];
         words.extend(self.pages(timing).map(|pages| format!("pages={pages}")));
         words.extend(self.hpfar.iter().map(|source| format!("hpfar={source}")));
+        let mitigations = self.mitigations.first();
+        words.extend(mitigations.map(|what| format!("mitigations={what}")));
         let lists = [
             ("splitting", &self.splitting),
             ("bbm", &self.bbm),
@@ -346,18 +352,20 @@ pub(super) mod tests {
             "swap,auto",
             "--tracking",
             "dbm",
+            "--mitigations",
+            "on,off",
         ];
         let options = options(&words).expect("good options");
         let append = options.append("dirty", &[1, 2], Timing::Insn);
         let expected = "suite=dirty timing=insn vcpus=1,2 locking=rwlock,mutex mib=16 iterations=5 write-percent=100 \
-                        order=random seed=7 stride=2m backing=2m initially-all-set=0 hpfar=trust \
+                        order=random seed=7 stride=2m backing=2m initially-all-set=0 hpfar=trust mitigations=on \
                         splitting=enable,clear bbm=0 engine=swap,auto tracking=dbm bbm-batch=4 chunk=2m pause-us=20 unsafe-bbm=1";
         assert_eq!(append, expected);
     }
 
     #[test]
     fn wrong_names_and_numbers_are_refused() {
-        let wrong: [&[&str]; 19] = [
+        let wrong: [&[&str]; 20] = [
             &["--locking", "ticket"],
             &["--vcpus", "0"],
             &["--vcpus", "two"],
@@ -366,6 +374,7 @@ pub(super) mod tests {
             &["--stride", "8k"],
             &["--timing", "sundial"],
             &["--hpfar", "maybe"],
+            &["--mitigations", "some"],
             &["--splitting", "eager"],
             &["--bbm", "1"],
             &["--bbm-batch", "65"],

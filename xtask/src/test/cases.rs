@@ -294,7 +294,7 @@ impl Table<'_> {
             cases.push(self.case(
                 format!("a write fault is short, {model}"),
                 machine,
-                &one,
+                format!("{one} mitigations=off"),
                 short,
             ));
         }
