@@ -125,6 +125,22 @@ mod tests {
     }
 
     #[test]
+    fn a_contended_line_moves_once_in_what_a_transfer_costs() {
+        const CPUS: usize = 8;
+        let mut lines = Lines::new(150);
+        let mut clocks = [0_u64; CPUS];
+        let rounds = 10_000;
+        for _ in 0..rounds {
+            // In the order of the clocks, as the schedule has it.
+            let cpu = (0..CPUS).min_by_key(|&cpu| clocks[cpu]).expect("eight");
+            let cost = lines.access(cpu, 0x1000, true, clocks[cpu]);
+            clocks[cpu] += 10 + cost.unwrap_or(0);
+        }
+        let each = clocks.iter().max().expect("eight") / rounds;
+        assert!((143..=157).contains(&each), "{each}");
+    }
+
+    #[test]
     fn a_transfer_in_the_future_delays_nobody() {
         let mut lines = Lines::new(150);
         lines.access(0, 0x1000, true, 0);
