@@ -109,7 +109,7 @@ fn latest(word: &AtomicU64) -> u64 {
     word.fetch_add(0, Ordering::SeqCst)
 }
 
-/// One wakes, one moves, a CPU looks meanwhile; then both CPUs look as long as they are kicked.
+/// One wakes, one moves, each CPU looks once meanwhile; then both CPUs look as long as they are kicked.
 fn wake_against_move(broken: Broken) {
     check(move || {
         let world = World::new();
@@ -121,6 +121,7 @@ fn wake_against_move(broken: Broken) {
             let world = Arc::clone(&world);
             thread::spawn(move || {
                 world.look(0, broken);
+                world.look(1, broken);
             })
         };
         world.move_to(1);
