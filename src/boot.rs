@@ -18,7 +18,6 @@ use vellum::addr::{PAGE_BYTES, Pa, to_usize};
 use vellum::arch::boot::Unusable;
 use vellum::arch::features::{Features, cpu_name};
 use vellum::arch::mitigations::Mitigations;
-use vellum::bench::params::Params;
 use vellum::dev::gic::Gic;
 use vellum::dev::machine::{self, Machine, Uart};
 use vellum::dev::pl011::Pl011;
@@ -49,7 +48,7 @@ extern "C" fn boot_cpu_main(tree: u64) -> ! {
         gic: take_interrupt_controller(&machine),
         interrupts: machine.interrupts,
         idle_vttbr: idle_vttbr(),
-        mitigations: Params::mitigations(&machine.bootargs),
+        mitigations: bench::mitigations(&machine.bootargs),
     };
     let (shared, natures) = cpus::start(&machine, &memory, shared);
     let (features, mitigations) = weakest(&natures);
@@ -238,7 +237,7 @@ fn introduce_mitigations(
     features: &Features,
     natures: &[cpus::Nature],
 ) -> String {
-    let setting = Params::mitigations(&machine.bootargs).name();
+    let setting = bench::mitigations(&machine.bootargs).name();
     let Some(first) = natures.first().map(|it| it.mitigations) else {
         return String::new();
     };

@@ -12,7 +12,7 @@ use crate::addr::PAGE_BYTES;
 use crate::arch;
 use crate::guest::abi::{MAX_SAMPLES, measure, op};
 use crate::mmu::{AccessFlag, Locking, Precision};
-use crate::vm::Command;
+use crate::vm::{Command, Placement};
 
 use super::Refusal;
 use super::clock::{Counts, nanoseconds};
@@ -93,9 +93,11 @@ pub(super) fn run(stage: &Stage<'_>) -> Result<bool, Refusal> {
     }
     let other = stage.bystander(cast)?;
     let vcpus = cast.vcpus + other.vcpus();
-    progress(0, 2, format_args!("exit: calls, devices, interrupts"));
+    progress(0, 3, format_args!("exit: calls, devices, interrupts"));
     let mut good = interrupts(stage, cast, vcpus)?;
-    progress(1, 2, format_args!("exit: faults"));
+    progress(1, 3, format_args!("exit: switches"));
+    good &= switches(stage, cast, other.vcpus())?;
+    progress(2, 3, format_args!("exit: faults"));
     for &locking in &stage.params.locking {
         good &= faults(stage, Cast { locking, ..cast }, vcpus)?;
     }
@@ -225,6 +227,48 @@ fn interrupts(stage: &Stage<'_>, cast: Cast, vcpus: usize) -> Result<bool, Refus
     }
     scene.close();
     Ok(lost == 0)
+}
+
+/// Two vCPUs of one VM that share a CPU and hand it to each other: one's state is saved and the other's loaded in full, and the
+/// CPU's TLB entries of the VM are dropped. One by one, a run is there and back, so each counts as two. False where a vCPU
+/// that waits for an event is not noticed to.
+fn switches(stage: &Stage<'_>, cast: Cast, others: usize) -> Result<bool, Refusal> {
+    const CPU: usize = 1;
+    let cast = Cast {
+        vcpus: 2,
+        placement: Placement::On(CPU),
+        ..cast
+    };
+    let scene = stage.open(cast)?;
+    let empty = Kind::new(measure::NOTHING, 0).measure(&scene, || Ok(()))?;
+    scene.listen(1, Listening::HandingOn)?;
+    let kind = Kind::new(measure::HAND_ON, 0);
+    let before = Counts::now();
+    let together = scene.perform_one(0, kind.command(false))?.results[0];
+    // A CPU invalidates its own entries when it loads another vCPU of the VM than it held before, and then only.
+    let counts: Vec<_> = before.since().collect();
+    let switches = count(&counts, "tlbi_local");
+    let found = kind.measure(&scene, || Ok(()))?;
+    scene.hear_out(1)?;
+    scene.close();
+    let halves = found.samples.iter();
+    let each = Found {
+        kind: Kind {
+            runs: switches.max(1),
+            ..kind
+        },
+        ticks_together: together,
+        samples: halves
+            .map(|ticks| ticks.saturating_sub(empty.least()) / 2)
+            .collect(),
+        counts,
+        lost: 0,
+    };
+    let row = Row::new("exit", "vcpu_switch", stage.params.timing.name())
+        .param("vms", 2)
+        .param("vcpus", others + cast.vcpus);
+    each.told(row, 0, stage.params.timing).print();
+    Ok(switches >= kind.runs)
 }
 
 /// Write faults of logged memory, and faults of memory that was marked idle.

@@ -29,11 +29,24 @@ impl Bystander {
     }
 }
 
-/// What vCPUs do that wait for interrupts; the numbers are the guest's.
+/// What vCPUs do that wait for interrupts.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) enum Listening {
-    Running = 0,
-    Asleep = 1,
+    Running,
+    Asleep,
+    /// They give the CPU to another vCPU whenever they have it.
+    HandingOn,
+}
+
+impl Listening {
+    /// The guest's number of it.
+    const fn number(self) -> u64 {
+        match self {
+            Self::Running => abi::listen::RUNNING,
+            Self::Asleep => abi::listen::ASLEEP,
+            Self::HandingOn => abi::listen::HANDING_ON,
+        }
+    }
 }
 
 impl Stage<'_> {
@@ -65,7 +78,7 @@ impl Scene {
         self.set_stop(0)?;
         let listen = Command {
             op: op::LISTEN,
-            args: [how as u64, 0, 0, 0, 0],
+            args: [how.number(), 0, 0, 0, 0],
         };
         (1..=last).for_each(|vcpu| self.vm.post(vcpu, listen));
         Ok(())

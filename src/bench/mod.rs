@@ -37,6 +37,7 @@ mod verify;
 use alloc::string::String;
 
 use crate::arch;
+use crate::arch::mitigations::Setting;
 use crate::vm::Host;
 use params::{Params, Suite};
 
@@ -53,6 +54,12 @@ pub struct Images<'a> {
     pub guest: &'a [u8],
     /// The machine's initial RAM disk: kernel and RAM disk of a guest.
     pub bundle: Option<&'a [u8]>,
+}
+
+/// What `arguments` say of mitigations, for CPUs that come up before arguments are judged.
+pub fn mitigations(arguments: &str) -> Setting {
+    let (arguments, _) = arguments.split_once(" -- ").unwrap_or((arguments, ""));
+    Params::parse(arguments).unwrap_or_default().mitigations
 }
 
 /// Runs what the boot arguments say and returns the run's status. What stands behind ` -- ` in them is a guest's.

@@ -332,12 +332,6 @@ const BITS: [(&str, bool); 2] = [("0", false), ("1", true)];
 const SOURCES: [(&str, bool); 2] = [("at", false), ("trust", true)];
 
 impl Params {
-    /// What `arguments` say of mitigations, for CPUs that come up before arguments are judged.
-    pub fn mitigations(arguments: &str) -> Setting {
-        let (arguments, _) = arguments.split_once(" -- ").unwrap_or((arguments, ""));
-        Self::parse(arguments).unwrap_or_default().mitigations
-    }
-
     /// Reads the boot arguments. Words without `=` belong to others and are ignored.
     ///
     /// # Errors
@@ -672,7 +666,7 @@ mod tests {
 
     #[test]
     fn mitigations_are_known_before_all_else_is_judged() {
-        let of = Params::mitigations;
+        let of = crate::bench::mitigations;
         assert_eq!(
             of("suite=none mitigations=on -- mitigations=off"),
             Setting::On

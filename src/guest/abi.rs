@@ -58,8 +58,8 @@ pub mod op {
     /// together. Otherwise each is timed alone and its ticks are stored at [`super::SAMPLES`]; result: how many those are.
     /// The second result counts interrupts that were waited for in vain.
     pub const MEASURE: u64 = 13;
-    /// Let interrupts in until told to stop: x1 zero in a loop, otherwise asleep. Result: interrupts of [`IPI_MODES`] and the
-    /// like that were taken meanwhile.
+    /// Let interrupts in until told to stop: x1 (one of [`super::listen`]) says how. Result: interrupts of [`IPI_MODES`] and
+    /// the like that were taken meanwhile.
     pub const LISTEN: u64 = 14;
     /// Do x1 (one of [`super::ipi`]) x2 times, all other vCPUs listening. Results: ticks that the sends took, and ticks until
     /// all receivers had answered; all rounds together, `u64::MAX` both if an answer did not come.
@@ -96,6 +96,18 @@ pub mod measure {
     pub const LOAD_PAGES: u64 = 12;
     /// Wake the vCPU that the argument names by an interrupt that nobody counts or waits for.
     pub const POKE: u64 = 13;
+    /// Wait for an event, which hands a CPU with several vCPUs to another.
+    pub const HAND_ON: u64 = 14;
+}
+
+/// How [`op::LISTEN`] waits.
+pub mod listen {
+    /// In a loop.
+    pub const RUNNING: u64 = 0;
+    /// Asleep.
+    pub const ASLEEP: u64 = 1;
+    /// For events, which hands a CPU with several vCPUs to another; interrupts stay masked.
+    pub const HANDING_ON: u64 = 2;
 }
 
 /// What [`op::IPI_MODES`] does: the modes of the kernel's IPI benchmark.

@@ -7,7 +7,7 @@
 use crate::addr::{Ipa, PAGE_BYTES, Va};
 use crate::arch;
 use crate::arch::context::{Exit, Frame, Verdict};
-use crate::mmu::{Fault, FaultKind, Resolution};
+use crate::mmu::{Access, Fault, FaultKind, Resolution};
 use crate::sync::percpu;
 use crate::trace::Event;
 use crate::vm::resident::Resident;
@@ -95,12 +95,17 @@ impl Resident<'_> {
 
     #[inline(always)]
     fn judge_abort(&mut self, esr: u64) -> Verdict {
-        let abort = trap::abort(esr);
-        let FaultStatus::Stage2(kind) = abort.status else {
-            return self.rare_abort(abort.status);
+        let (kind, access, unpromised) = if trap::is_forbidden_store(esr) {
+            (FaultKind::Permission, Access::Write, true)
+        } else {
+            let abort = trap::abort(esr);
+            let FaultStatus::Stage2(kind) = abort.status else {
+                return self.rare_abort(abort.status);
+            };
+            let unpromised = kind == FaultKind::Permission && !abort.stage1_walk;
+            (kind, abort.access, unpromised)
         };
         let far = arch::far_el2();
-        let unpromised = kind == FaultKind::Permission && !abort.stage1_walk;
         let ipa = if unpromised && !self.vm.trust_hpfar {
             match arch::at_s1e1r(Va::new(far)) {
                 Some(ipa) => ipa,
@@ -113,7 +118,7 @@ impl Resident<'_> {
             ipa,
             va: Va::new(far),
             kind,
-            access: abort.access,
+            access,
         };
         match self.vm.stage2.fault(self.cpu, &fault) {
             Resolution::Resume => {

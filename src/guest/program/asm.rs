@@ -302,6 +302,13 @@ pub(crate) fn wfi() {
     unsafe { asm!("wfi", options(nostack)) };
 }
 
+/// `WFE` until an event that comes after this: one that was noticed before, as returning from an exception is, is used up first.
+#[inline(always)]
+pub(crate) fn wait_for_event() {
+    // SAFETY: Waits.
+    unsafe { asm!("sevl", "wfe", "wfe", options(nostack)) };
+}
+
 /// `YIELD`: under an emulator that runs one CPU at a time, the next one's turn; nothing on most machines.
 #[inline(always)]
 pub(crate) fn yield_now() {

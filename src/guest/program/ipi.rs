@@ -2,7 +2,7 @@
 
 use core::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
-use vellum::guest::abi::{Area, ipi};
+use vellum::guest::abi::{Area, ipi, listen};
 
 use super::interrupts::{IPI, IPI_LOCK, bump};
 use super::{Done, area_of, asm, gic, params, this_area};
@@ -10,20 +10,29 @@ use super::{Done, area_of, asm, gic, params, this_area};
 /// Looks for an answer that should have come.
 const PATIENCE: u64 = 1 << 26;
 
-/// Lets interrupts in until told to stop, in a loop or asleep.
-pub(super) fn listen(asleep: bool) -> Done {
+/// Lets interrupts in until told to stop, in one of the ways of [`listen`](vellum::guest::abi::listen).
+pub(super) fn listen(how: u64) -> Done {
     let area = this_area();
     let before = area.ipis.load(Relaxed);
-    if asleep {
-        while area.stop.load(Relaxed) == 0 {
-            asm::wait_for_interrupt();
+    let goes_on = || area.stop.load(Relaxed) == 0;
+    match how {
+        listen::ASLEEP => {
+            while goes_on() {
+                asm::wait_for_interrupt();
+            }
         }
-    } else {
-        asm::unmask();
-        while area.stop.load(Relaxed) == 0 {
-            asm::yield_now();
+        listen::HANDING_ON => {
+            while goes_on() {
+                asm::wait_for_event();
+            }
         }
-        asm::mask();
+        _ => {
+            asm::unmask();
+            while goes_on() {
+                asm::yield_now();
+            }
+            asm::mask();
+        }
     }
     Done::ok(area.ipis.load(Relaxed) - before, 0)
 }

@@ -39,6 +39,7 @@ pub(super) fn run(what: u64, runs: u64, argument: u64, single: bool) -> Done {
         measure::WAKE => collect(runs, |_| wake(argument)),
         measure::STORE_PAGES => clock(runs, single, |run| asm::store(argument + run * PAGE, run)),
         measure::LOAD_PAGES => clock(runs, single, |run| ignore(asm::load(argument + run * PAGE))),
+        measure::HAND_ON => clock(runs, single, |_| asm::wait_for_event()),
         measure::POKE => clock(runs, false, |_| gic::send(argument, POKE)),
         _ => 0,
     };

@@ -72,7 +72,7 @@ fn perform(op: u64, args: [u64; 5]) -> Done {
         op::HOSTILE => hostile::run(first),
         op::HYPERCALLS => hypercalls(first),
         op::MEASURE => measure::run(first, second, third, fourth != 0),
-        op::LISTEN => ipi::listen(first != 0),
+        op::LISTEN => ipi::listen(first),
         op::IPI_MODES => ipi::modes(first, second),
         op::FIRMWARE => Done::ok(asm::hvc(first), 1),
         op::AARCH32 => asm::run_aarch32(abi::DATA - 0x1000),

@@ -43,7 +43,7 @@ pub(super) fn jobs(options: &Options, board: &Board) -> Result<Vec<Job>> {
     for timing in options.timing() {
         let mitigations = match (options.mitigations.as_slice(), timing) {
             ([], Timing::Insn) => vec!["off".to_owned(), "on".to_owned()],
-            ([], Timing::Wall) => vec!["auto".to_owned()],
+            ([], _) => vec!["auto".to_owned()],
             (asked, _) => asked.to_vec(),
         };
         for model in &models {
