@@ -21,6 +21,7 @@ use vellum::arch::mitigations::Mitigations;
 use vellum::dev::gic::Gic;
 use vellum::dev::machine::{self, Machine, Uart};
 use vellum::dev::pl011::Pl011;
+use vellum::dev::power;
 use vellum::dev::psci;
 use vellum::dev::tree::{self, Tree};
 use vellum::mem::frames;
@@ -98,7 +99,7 @@ fn read_tree(at: Pa) -> (Tree<'static>, Range<Pa>) {
     match (tree, at.checked_add(bytes as u64)) {
         (Ok(tree), Some(end)) => (tree, at..end),
         // Nothing says where a UART is, nor how to switch off.
-        _ => psci::system_off(),
+        _ => power::off(),
     }
 }
 
@@ -113,6 +114,13 @@ fn ram_disk(at: &Range<Pa>) -> &'static [u8] {
 fn start_console(tree: &Tree<'_>) -> Option<Uart> {
     if let Some(conduit) = machine::conduit(tree) {
         psci::set_conduit(conduit);
+    }
+    if let Some(manager) = machine::power_manager(tree) {
+        // SAFETY: the tree says that it is there, and devices of a machine do not share 2 MiB with its RAM.
+        if unsafe { arch::boot::map_early_device(manager) } {
+            // SAFETY: it is mapped now, and by the final map, and nobody else drives it.
+            unsafe { power::set_manager(manager) };
+        }
     }
     let uart = machine::console(tree)?;
     // SAFETY: the tree says that a UART is there, and devices of a machine do not share 2 MiB with its RAM.

@@ -9,7 +9,7 @@ use core::panic::PanicInfo;
 use core::sync::atomic::{AtomicBool, Ordering};
 
 use crate::arch;
-use crate::dev::psci;
+use crate::dev::power;
 use crate::log::{Escaped, flush, last_line};
 use crate::sync::percpu;
 
@@ -25,7 +25,7 @@ static DYING: AtomicBool = AtomicBool::new(false);
 pub fn exit(status: u32) -> ! {
     last_line(format_args!(r#"{{"vellum":"exit","status":{status}}}"#));
     flush();
-    psci::system_off()
+    power::off()
 }
 
 /// Ends a run that cannot be done, saying why in one line.

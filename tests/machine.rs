@@ -164,11 +164,13 @@ fn a_virt_board_is_understood() {
         [
             CpuInfo {
                 mpidr: 0,
-                psci: true
+                psci: true,
+                spin_table: None
             },
             CpuInfo {
                 mpidr: 1,
-                psci: true
+                psci: true,
+                spin_table: None
             }
         ]
     );
@@ -340,6 +342,25 @@ fn board_behind_a_bus() -> Vec<u8> {
             fdt.property_string("stdout-path", "serial0:115200n8")
                 .unwrap()
         });
+        node(fdt, "cpus", |fdt| {
+            fdt.property_u32("#address-cells", 1).unwrap();
+            fdt.property_u32("#size-cells", 0).unwrap();
+            for cpu in 0..3 {
+                node(fdt, &format!("cpu@{cpu}"), |fdt| {
+                    fdt.property_string("device_type", "cpu").unwrap();
+                    fdt.property_string("enable-method", "spin-table").unwrap();
+                    fdt.property_u32("reg", cpu).unwrap();
+                    if cpu < 2 {
+                        fdt.property_u64("cpu-release-addr", 0xd8 + 8 * u64::from(cpu))
+                            .unwrap();
+                    }
+                });
+            }
+        });
+        node(fdt, "memory@0", |fdt| {
+            fdt.property_string("device_type", "memory").unwrap();
+            fdt.property_array_u32("reg", &[0, 0, 0x3b40_0000]).unwrap();
+        });
         node(fdt, "soc", |fdt| {
             fdt.property_u32("#address-cells", 1).unwrap();
             fdt.property_u32("#size-cells", 1).unwrap();
@@ -357,6 +378,21 @@ fn board_behind_a_bus() -> Vec<u8> {
                 ],
             )
             .unwrap();
+            node(fdt, "power@7e100000", |fdt| {
+                fdt.property_string("compatible", "brcm,bcm2835-pm")
+                    .unwrap();
+                fdt.property_array_u32("reg", &[0x7e10_0000, 0x114])
+                    .unwrap();
+            });
+            node(fdt, "interrupt-controller@40041000", |fdt| {
+                fdt.property_string("compatible", "arm,gic-400").unwrap();
+                let frames = [0x1000, 0x2000, 0x4000, 0x6000];
+                let reg: Vec<u32> = frames
+                    .iter()
+                    .flat_map(|at| [0x4004_0000 + at, 0x2000])
+                    .collect();
+                fdt.property_array_u32("reg", &reg).unwrap();
+            });
             node(fdt, "serial@7e201000", |fdt| {
                 fdt.property_string("compatible", "arm,pl011").unwrap();
                 fdt.property_array_u32("reg", &[0x7e20_1000, 0x200])
@@ -391,6 +427,35 @@ fn addresses_are_translated_through_buses() {
         [(Pa::new(0xff7f_f000), 0x1000)],
         "what no range covers is unreachable"
     );
+}
+
+#[test]
+fn cpus_on_a_spin_table_are_found_with_the_word_they_poll() {
+    let bytes = board_behind_a_bus();
+    let machine = Machine::new(&Tree::new(&bytes).unwrap()).unwrap();
+    let words: Vec<_> = machine.cpus.iter().map(|it| it.spin_table).collect();
+    assert_eq!(words, [Some(Pa::new(0xd8)), Some(Pa::new(0xe0)), None]);
+    assert!(machine.cpus.iter().all(|it| !it.psci));
+    assert_eq!(machine.psci, None);
+}
+
+#[test]
+fn a_machine_without_psci_is_switched_off_by_its_power_manager() {
+    let bytes = board_behind_a_bus();
+    let machine = Machine::new(&Tree::new(&bytes).unwrap()).unwrap();
+    assert_eq!(machine.board, "rpi4");
+    assert_eq!(machine.power, Some(Pa::new(0xfe10_0000)));
+    let frame = |at: u64| Pa::new(0xff84_0000 + at);
+    assert_eq!(
+        machine.gic,
+        Gic::V2 {
+            distributor: frame(0x1000),
+            cpu_interface: frame(0x2000),
+            hypervisor_interface: frame(0x4000),
+            virtual_interface: frame(0x6000),
+        }
+    );
+    assert_eq!(machine.interrupts.maintenance, 25, "an old tree has none");
 }
 
 #[test]

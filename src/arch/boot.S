@@ -46,6 +46,22 @@ boot_cpu_entry:
     bl      boot_cpu_main
     b       park
 
+// A CPU from a spin table is given nothing: it finds its Launch record by its affinity, or parks.
+.global spin_table_entry
+spin_table_entry:
+    msr     daifset, #0xf
+    mrs     x1, mpidr_el1
+    constant x2, {AFFINITY}
+    and     x1, x1, x2
+    address x2, first_launch
+    ldr     x0, [x2]
+1:  cbz     x0, park
+    ldr     x2, [x0, #{LAUNCH_AFFINITY}]
+    cmp     x1, x2
+    b.eq    other_cpu_entry
+    ldr     x0, [x0, #{LAUNCH_NEXT}]
+    b       1b
+
 // x0 = physical address of a Launch record, cleaned to the point of coherency by the boot CPU.
 .global other_cpu_entry
 other_cpu_entry:
@@ -319,3 +335,7 @@ boot_cpu_block:
     .skip   4096
 early_tables_used:
     .skip   8
+.balign 64
+.global first_launch
+first_launch:
+    .skip   64

@@ -9,7 +9,9 @@ use core::sync::atomic::{AtomicU8, Ordering};
 
 use spin::Once;
 use vellum::addr::Pa;
-use vellum::arch::boot::{Launch, other_cpu_entry_point};
+use vellum::arch::boot::{
+    Launch, other_cpu_entry_point, publish_launches, release_from_spin_table,
+};
 use vellum::arch::features::{Features, IdRegisters};
 use vellum::arch::mitigations::{AtExit, Mitigations, Setting};
 use vellum::dev::gic::{Gic, KICK};
@@ -80,16 +82,22 @@ pub(super) fn start(
     let shared = SHARED.call_once(|| shared);
     let cpus = FOUND.call_once(|| describe(machine, memory));
     come_up(0, cpus, shared);
+    for cpu in cpus {
+        let launch = address(&cpu.launch);
+        arch::dc_civac_range(Pa::new(launch), size_of::<Launch>() as u64);
+    }
+    publish_launches(cpus.get(1).map_or(0, |it| address(&it.launch)));
     for (cpu, found) in cpus.iter().zip(&machine.cpus).skip(1) {
-        if !found.psci {
-            leave_out(cpu, "it is not started by PSCI");
+        if let Some(word) = found.spin_table {
+            // SAFETY: the tree says that the CPU polls this word, which the final map holds; its launch is published.
+            unsafe { release_from_spin_table(word) };
             continue;
         }
-        arch::dc_civac_range(
-            Pa::new((&raw const cpu.launch).expose_provenance() as u64),
-            size_of::<Launch>() as u64,
-        );
-        let launch = (&raw const cpu.launch).expose_provenance() as u64;
+        if !found.psci {
+            leave_out(cpu, "firmware says neither PSCI nor spin-table of it");
+            continue;
+        }
+        let launch = address(&cpu.launch);
         // SAFETY: the entry expects a Launch in memory, and this one lives for ever.
         if let Err(refusal) = unsafe { psci::cpu_on(cpu.affinity, other_cpu_entry_point(), launch) }
         {
@@ -113,7 +121,19 @@ pub(super) fn release(host: &Host) {
     }
 }
 
+fn address(launch: &Launch) -> u64 {
+    core::ptr::from_ref(launch).expose_provenance() as u64
+}
+
 fn describe(machine: &Machine, memory: &Memory) -> Vec<Cpu> {
+    let mut cpus = list(machine, memory);
+    for index in 1..cpus.len() {
+        cpus[index - 1].launch.next = address(&cpus[index].launch);
+    }
+    cpus
+}
+
+fn list(machine: &Machine, memory: &Memory) -> Vec<Cpu> {
     let none = None::<Stacks>;
     let stacks = core::iter::once(none).chain(memory.stacks.iter().copied().map(Some));
     machine
@@ -135,6 +155,8 @@ fn describe(machine: &Machine, memory: &Memory) -> Vec<Cpu> {
                     stack_top,
                     block: address,
                     argument,
+                    affinity: found.mpidr,
+                    next: 0,
                 },
                 affinity: found.mpidr,
                 block,

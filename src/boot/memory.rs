@@ -10,6 +10,7 @@ use vellum::addr::{PAGE_BYTES, Pa};
 use vellum::arch::boot::{EMERGENCY_STACK_BYTES, Image};
 use vellum::arch::stage1::{Error, Kind, Map};
 use vellum::dev::machine::{Gic, Machine, Uart};
+use vellum::dev::power::BCM2711_BYTES;
 use vellum::mem::{frames, ram};
 use vellum::{arch, panic};
 
@@ -158,7 +159,14 @@ fn draw_map(
     map.identity(image.code.clone(), Kind::Code)?;
     map.identity(image.constants.clone(), Kind::Constants)?;
     map.identity(image.data.clone(), Kind::Data)?;
-    for (start, bytes) in devices(&machine.gic, uart) {
+    // Words that parked CPUs poll: in memory that firmware keeps for them.
+    for word in machine.cpus.iter().filter_map(|it| it.spin_table) {
+        let end = word.checked_add(8).ok_or(Error::BadRegion)?;
+        let page = ram::covering_pages(word..end).ok_or(Error::BadRegion)?;
+        map.identity(page, Kind::Data)?;
+    }
+    let power = machine.power.map(|it| (it, BCM2711_BYTES));
+    for (start, bytes) in devices(&machine.gic, uart).into_iter().chain(power) {
         let end = start.checked_add(bytes).ok_or(Error::BadRegion)?;
         map.identity(
             ram::covering_pages(start..end).ok_or(Error::BadRegion)?,

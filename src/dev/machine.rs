@@ -33,6 +33,8 @@ pub struct CpuInfo {
     pub mpidr: u64,
     /// Whether PSCI starts it.
     pub psci: bool,
+    /// Where it looks for its entry point, when firmware has parked it on a spin table.
+    pub spin_table: Option<Pa>,
 }
 
 /// The console.
@@ -105,6 +107,8 @@ pub struct Machine {
     pub initrd: Option<Range<Pa>>,
     /// The console.
     pub console: Option<Uart>,
+    /// The power manager of a machine without PSCI.
+    pub power: Option<Pa>,
 }
 
 /// Why a machine cannot be used.
@@ -183,6 +187,12 @@ pub fn conduit(tree: &Tree<'_>) -> Option<Conduit> {
     }
 }
 
+/// The power manager that is known how to be used where there is no PSCI.
+pub fn power_manager(tree: &Tree<'_>) -> Option<Pa> {
+    let node = tree.compatible(&["brcm,bcm2711-pm", "brcm,bcm2835-pm"])?;
+    Some(node.regions().first()?.0)
+}
+
 impl Machine {
     /// Reads everything from `tree`.
     ///
@@ -226,6 +236,7 @@ impl Machine {
                 .into(),
             initrd,
             console: console(tree),
+            power: power_manager(tree),
         })
     }
 }
@@ -284,9 +295,15 @@ fn processors(tree: &Tree<'_>) -> Vec<CpuInfo> {
         .filter_map(|it| {
             // A CPU's `reg` has no size, so it is an address on a bus that nobody translates.
             let mpidr = it.address("reg")? & AFFINITY;
+            let method = it.string("enable-method");
+            let spins = method == Some("spin-table");
             Some(CpuInfo {
                 mpidr,
-                psci: it.string("enable-method") == Some("psci"),
+                psci: method == Some("psci"),
+                spin_table: spins
+                    .then(|| it.address("cpu-release-addr"))
+                    .flatten()
+                    .map(Pa::new),
             })
         })
         .collect()

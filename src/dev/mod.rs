@@ -6,6 +6,7 @@ pub mod handover;
 pub mod machine;
 pub mod mmio;
 pub mod pl011;
+pub mod power;
 pub mod psci;
 pub mod tree;
 pub mod uefi;

@@ -39,7 +39,8 @@ impl Pl011 {
         // SAFETY: the caller vouches for the device; the offsets above are registers.
         let registers = unsafe { Registers::new(base) };
         registers.write(INTERRUPT_MASK, 0);
-        if full {
+        // What firmware uses is left as it is.
+        if full && registers.read(CONTROL) & ENABLED != ENABLED {
             registers.write(CONTROL, ENABLED);
         }
         Self { registers }

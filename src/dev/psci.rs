@@ -128,14 +128,11 @@ pub unsafe fn cpu_on(mpidr: u64, entry: Pa, argument: u64) -> Result<(), Refusal
     unsafe { call(CPU_ON, [mpidr, entry.raw(), argument]) }.map(|_| ())
 }
 
-/// Switches the machine off; where firmware cannot, resets it; where it cannot either, sleeps for ever.
-pub fn system_off() -> ! {
+/// Switches the machine off; where firmware cannot, resets it; returns where it cannot either.
+pub fn system_off() {
     for function in [SYSTEM_OFF, SYSTEM_RESET] {
         // SAFETY: nothing runs afterwards.
         let refused = unsafe { call(function, [0; 3]) };
         debug_assert!(refused.is_err(), "a machine that is off does not answer");
-    }
-    loop {
-        arch::wfi();
     }
 }

@@ -2,11 +2,13 @@
 
 use core::arch::{asm, global_asm};
 use core::ops::Range;
+use core::sync::atomic::{AtomicU64, Ordering};
 
 use aarch64_cpu::registers::{
     CurrentEL, HCR_EL2, MAIR_EL1, MAIR_EL2, SCTLR_EL1, SCTLR_EL2, TCR_EL1, TCR_EL2,
 };
 
+use super::{dc_civac_range, sev};
 use crate::addr::Pa;
 use crate::arch::{offsets, stage1};
 
@@ -17,6 +19,8 @@ pub const EMERGENCY_STACK_BYTES: u64 = 8 << 10;
 
 /// Tables for the image, the tree and the UART, each possibly across a 1 GiB boundary, beside the root.
 const EARLY_TABLES: u64 = 12;
+/// Affinity fields of MPIDR_EL1.
+const AFFINITY: u64 = 0xff_00ff_ffff;
 /// Relocation kind that adds the load address.
 const R_AARCH64_RELATIVE: u32 = 1027;
 /// SCTLR_EL2 bits that are RES1 without FEAT_VHE's E2H.
@@ -71,7 +75,8 @@ pub enum Unusable {
     E2h = 2,
 }
 
-/// What a CPU that PSCI starts is given; read with its MMU off.
+/// What another CPU starts from; read with its MMU off. PSCI passes its address on; a CPU from a spin table, which is
+/// given nothing, looks for its own.
 #[derive(Debug)]
 #[repr(C, align(64))]
 pub struct Launch {
@@ -83,6 +88,10 @@ pub struct Launch {
     pub block: u64,
     /// Passed to `other_cpu_main`.
     pub argument: u64,
+    /// MPIDR_EL1's affinity fields of the CPU.
+    pub affinity: u64,
+    /// Address of the next CPU's, or 0.
+    pub next: u64,
 }
 
 global_asm!(
@@ -93,6 +102,9 @@ global_asm!(
     LAUNCH_TABLES = const core::mem::offset_of!(Launch, tables),
     LAUNCH_STACK_TOP = const core::mem::offset_of!(Launch, stack_top),
     LAUNCH_ARGUMENT = const core::mem::offset_of!(Launch, argument),
+    LAUNCH_AFFINITY = const core::mem::offset_of!(Launch, affinity),
+    LAUNCH_NEXT = const core::mem::offset_of!(Launch, next),
+    AFFINITY = const AFFINITY,
     MAIR = const MAIR,
     TCR_EL1 = const TCR_EL1_VALUE,
     TCR_EL2 = const TCR_EL2_VALUE,
@@ -125,6 +137,8 @@ unsafe extern "C" {
     static boot_stack_guard: u8;
     static boot_emergency_stack_guard: u8;
     fn other_cpu_entry();
+    fn spin_table_entry();
+    static first_launch: AtomicU64;
     fn map_early_block(address: u64, attributes: u64) -> u64;
     fn switch_tables(root: u64, sctlr: u64);
     fn leave_firmware(entry: u64, tree: u64) -> !;
@@ -176,6 +190,28 @@ pub fn image() -> Image {
 /// Where PSCI has to send a CPU.
 pub fn other_cpu_entry_point() -> Pa {
     Pa::new((other_cpu_entry as *const ()).expose_provenance() as u64)
+}
+
+/// Lets CPUs from spin tables find their [`Launch`]: the first one's address, 0 where there is none.
+pub fn publish_launches(first: u64) {
+    // SAFETY: `boot.S` defines it, eight aligned bytes in BSS; CPUs that read it with their MMU off start later.
+    let place = unsafe { &first_launch };
+    place.store(first, Ordering::Relaxed);
+    dc_civac_range(address_of((&raw const *place).cast()), 8);
+}
+
+/// Tells the CPU that polls `word` where to start.
+///
+/// # Safety
+///
+/// A CPU that firmware parked polls the word, which is mapped; its [`Launch`] is published and clean.
+pub unsafe fn release_from_spin_table(word: Pa) {
+    let entry = (spin_table_entry as *const ()).expose_provenance() as u64;
+    let place = core::ptr::with_exposed_provenance_mut::<u64>(crate::addr::to_usize(word.raw()));
+    // SAFETY: the caller vouches for the word; it is aligned, as PSCI's and Linux' bindings have it.
+    unsafe { place.write_volatile(entry) };
+    dc_civac_range(word, 8);
+    sev();
 }
 
 /// Maps the 2 MiB around a device before the final map exists. False: no table is left.
