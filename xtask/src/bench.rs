@@ -33,7 +33,7 @@ use crate::paths;
 use crate::plot::{self, Panel};
 use crate::qemu::{Launch, Qemu};
 use crate::setup;
-use crate::uart::{Line, Record};
+use crate::uart::{Line, Record, Transcript};
 pub(crate) use options::Options;
 pub(crate) use rows::Row;
 
@@ -62,6 +62,9 @@ pub(crate) struct Args {
     #[arg(long, default_value_t = 540, value_name = "N")]
     seconds: u64,
 }
+
+/// Stands for the emulator's version where there was no emulator.
+const HARDWARE: &str = "none";
 
 /// What can be measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -202,14 +205,11 @@ pub(crate) fn main(args: &Args) -> Result<ExitCode> {
             (&image, &hash),
             Duration::from_secs(args.seconds),
         )?;
-        let plot = paths::target(&format!("bench/{}.svg", suite.name()));
-        let data = paths::target(&format!("bench/{}.json", suite.name()));
-        paths::write(&plot, plot::svg(&suite.panels(&rows))?)?;
-        paths::write(&data, rows::json(&rows)?)?;
+        let written = publish(suite, &rows)?;
         if !quiet {
             print!("{}", suite.report(&rows));
             println!("\nimage: {} sha256 {hash}", short(&image.flat));
-            println!("written: {}, {}", short(&data), short(&plot));
+            println!("written: {written}");
         }
         all.extend(rows);
     }
@@ -219,6 +219,43 @@ pub(crate) fn main(args: &Args) -> Result<ExitCode> {
         None => {}
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Writes what a suite measured, and says where.
+fn publish(suite: Suite, rows: &[Row]) -> Result<String> {
+    let plot = paths::target(&format!("bench/{}.svg", suite.name()));
+    let data = paths::target(&format!("bench/{}.json", suite.name()));
+    paths::write(&plot, plot::svg(&suite.panels(rows))?)?;
+    paths::write(&data, rows::json(rows)?)?;
+    Ok(format!("{}, {}", short(&data), short(&plot)))
+}
+
+/// What a board measured by itself: prints the tables of every suite in it and writes the same files as a run here.
+/// Rows of suites that have no tables are left out; the number of rows that were used comes back.
+pub(crate) fn publish_collected(run: &Transcript) -> Result<usize> {
+    let mut used = 0;
+    for suite in Suite::ALL {
+        let rows: Vec<Row> = run
+            .rows
+            .iter()
+            .filter(|row| row.suite == suite.name())
+            .map(|row| {
+                Row::new(
+                    row.clone(),
+                    suite.name(),
+                    &run.machine,
+                    HARDWARE,
+                    Timing::Wall,
+                )
+            })
+            .collect();
+        if !rows.is_empty() {
+            print!("{}", suite.report(&rows));
+            println!("\nwritten: {}", publish(suite, &rows)?);
+            used += rows.len();
+        }
+    }
+    Ok(used)
 }
 
 /// A path as seen from the root of the repository.
@@ -250,6 +287,7 @@ fn measure(
         let launch = Launch {
             machine: &job.machine,
             image: &image.flat,
+            placed: None,
             bundle: None,
             append: &job.append,
             limit,

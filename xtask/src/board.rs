@@ -15,8 +15,43 @@ pub(crate) struct Board {
     pub(crate) name: String,
     pub(crate) title: String,
     pub(crate) console: String,
+    pub(crate) boot: Boot,
+    pub(crate) status: Status,
     pub(crate) machine: Defaults,
     pub(crate) limits: Limits,
+}
+
+/// What the board boots from.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Boot {
+    pub(crate) media: Media,
+    /// Boot arguments that the tree of files gets.
+    pub(crate) arguments: String,
+    /// Files of the board's folder that go beside the image.
+    pub(crate) templates: Vec<String>,
+    /// Files of the board's maker that the user has to add.
+    pub(crate) add: Vec<String>,
+}
+
+/// What a board's firmware reads.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Media {
+    /// The image alone, given to the emulator.
+    Image,
+    /// An EFI system partition.
+    Esp,
+    /// The first, FAT, partition of an SD card.
+    Sd,
+}
+
+/// How far a board is known to work.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Status {
+    pub(crate) emulated: String,
+    pub(crate) hardware: String,
 }
 
 /// The machine a task gets when its command line says nothing.
@@ -58,7 +93,10 @@ impl Board {
     pub(crate) fn all() -> Result<Vec<Self>> {
         let mut names = Vec::new();
         for entry in fs::read_dir(paths::root().join("boards")).context("boards")? {
-            names.push(entry?.file_name().to_string_lossy().into_owned());
+            let entry = entry?;
+            if entry.path().is_dir() {
+                names.push(entry.file_name().to_string_lossy().into_owned());
+            }
         }
         names.sort();
         names.iter().map(|name| Self::load(name)).collect()
@@ -118,6 +156,17 @@ mod tests {
     fn the_defaults_of_every_board_are_accepted_by_it() {
         for board in Board::all().expect("every board file is read") {
             assert!(board.accept(&Machine::of(&board)).is_ok(), "{}", board.name);
+        }
+    }
+
+    #[test]
+    fn every_board_is_named_as_its_folder_and_has_its_templates() {
+        for board in Board::all().expect("every board file is read") {
+            let folder = crate::paths::root().join("boards").join(&board.name);
+            assert!(folder.join("board.toml").is_file(), "{}", board.name);
+            for template in &board.boot.templates {
+                assert!(folder.join(template).is_file(), "{template}");
+            }
         }
     }
 

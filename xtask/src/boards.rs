@@ -1,4 +1,4 @@
-//! `cargo xtask boards`: lists the boards.
+//! `cargo xtask boards`: lists the boards, and how far each is known to work.
 
 use std::process::ExitCode;
 
@@ -7,7 +7,7 @@ use anyhow::Result;
 use crate::board::Board;
 use crate::table::Table;
 
-/// Prints one line a board.
+/// Prints one line a board, then what was tried on it.
 pub(crate) fn main() -> Result<ExitCode> {
     let mut table = Table::new(&[
         "board",
@@ -18,7 +18,12 @@ pub(crate) fn main() -> Result<ExitCode> {
         "least MiB",
         "console",
     ]);
+    let mut tried = String::new();
     for board in Board::all()? {
+        tried.push_str(&format!(
+            "\n{}\n  emulated: {}\n  hardware: {}\n",
+            board.name, board.status.emulated, board.status.hardware
+        ));
         let most = board.limits.cpus_gicv3.max(board.limits.cpus_gicv2);
         table.row(vec![
             board.name,
@@ -30,6 +35,6 @@ pub(crate) fn main() -> Result<ExitCode> {
             board.console,
         ]);
     }
-    print!("{}", table.left(&[0, 1, 2, 6]));
+    print!("{}{tried}", table.left(&[0, 1, 2, 6]));
     Ok(ExitCode::SUCCESS)
 }

@@ -14,6 +14,9 @@ use object::{Endianness, Object as _, RelocationFlags, elf};
 use serde_json::Value;
 use sha2::{Digest as _, Sha256};
 
+use crate::board::Board;
+use crate::linux::{self, Series};
+use crate::media;
 use crate::paths;
 use crate::process;
 use crate::setup::{self, TARGET};
@@ -24,6 +27,15 @@ pub(crate) struct Args {
     /// Build with debug assertions and counters that a measured build does not have
     #[arg(long)]
     debug: bool,
+    /// Make what this board boots from, below target/boards
+    #[arg(long, value_name = "NAME")]
+    board: Option<String>,
+    /// Boot arguments of that board [default: the board's own]
+    #[arg(long, value_name = "TEXT", requires = "board")]
+    append: Option<String>,
+    /// Kernel and RAM disk of a Linux guest go with it: 6.1 or 6.12
+    #[arg(long, value_name = "SERIES", requires = "board")]
+    linux: Option<Series>,
 }
 
 /// How the image is compiled.
@@ -67,8 +79,17 @@ pub(crate) struct Image {
 
 /// Builds and says where the file is.
 pub(crate) fn main(args: &Args) -> Result<ExitCode> {
+    let board = args.board.as_deref().map(Board::load).transpose()?;
     let image = build(Profile::of(args.debug))?;
-    println!("{}", image.flat.display());
+    let Some(board) = board else {
+        println!("{}", image.flat.display());
+        return Ok(ExitCode::SUCCESS);
+    };
+    let bundle = args.linux.map(linux::bundle).transpose()?;
+    let arguments = args.append.as_deref().unwrap_or(&board.boot.arguments);
+    let tree = media::tree(&board, &image.flat, bundle.as_deref(), arguments)?;
+    println!("{}", tree.display());
+    println!("image sha256 {}", sha256(&image.flat)?);
     Ok(ExitCode::SUCCESS)
 }
 
@@ -138,7 +159,7 @@ fn executable(messages: &str) -> Option<PathBuf> {
 
 /// The loadable segments as one run of bytes from the lowest address, padded to what they take in memory: nothing that a
 /// loader places behind the file is overwritten when the image clears its own data.
-fn flatten(file: &[u8]) -> Result<Vec<u8>> {
+pub(crate) fn flatten(file: &[u8]) -> Result<Vec<u8>> {
     let header = elf::FileHeader64::<Endianness>::parse(file)?;
     let endian = header.endian()?;
     let loads: Vec<_> = header
@@ -167,6 +188,18 @@ fn flatten(file: &[u8]) -> Result<Vec<u8>> {
             .copy_from_slice(bytes);
     }
     Ok(flat)
+}
+
+/// Bytes of the flat image that come from the file; the rest is memory that the program clears itself.
+pub(crate) fn file_bytes(file: &[u8]) -> Result<usize> {
+    let header = elf::FileHeader64::<Endianness>::parse(file)?;
+    let endian = header.endian()?;
+    let ends = header
+        .program_headers(endian, file)?
+        .iter()
+        .filter(|header| header.p_type(endian) == elf::PT_LOAD)
+        .map(|load| load.p_vaddr(endian) + load.p_filesz(endian));
+    Ok(usize::try_from(ends.max().context("nothing to load")?)?)
 }
 
 /// Refuses every relocation but "add the load address".
@@ -243,6 +276,12 @@ mod tests {
     fn segments_stand_at_their_distance_and_memory_is_padded() {
         let flat = flatten(&elf(&[(0x1000, 2, 2), (0x1004, 1, 4)])).expect("it is flattened");
         assert_eq!(flat, [1, 2, 0, 0, 3, 0, 0, 0]);
+    }
+
+    #[test]
+    fn what_a_program_clears_itself_is_behind_the_file() {
+        let file = elf(&[(0, 2, 2), (4, 1, 4)]);
+        assert_eq!(super::file_bytes(&file).expect("it loads"), 5);
     }
 
     #[test]

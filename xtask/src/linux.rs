@@ -45,9 +45,16 @@ impl FromStr for Series {
     }
 }
 
+/// The device tree of a Raspberry Pi 4, as it is built with the newest kernel.
+pub(crate) fn pi4_tree() -> Result<PathBuf> {
+    packages::ready(Series::V6_12).map(|files| files.pi4_tree)
+}
+
 /// The bundle of `series`, made when its parts have changed.
 pub(crate) fn bundle(series: Series) -> Result<PathBuf> {
-    let (kernel, busybox) = packages::ready(series)?;
+    let packages::Files {
+        kernel, busybox, ..
+    } = packages::ready(series)?;
     let bytes = Archive::default()
         .file("Image", &fs::read(kernel)?)
         .file("initramfs", &initramfs(&busybox)?)

@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use crate::board::Board;
+use crate::board::{Board, Media};
 use crate::clock;
 
 /// What a nanosecond of the run means.
@@ -43,6 +43,15 @@ impl FromStr for Timing {
     }
 }
 
+/// Which of QEMU's boards.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Model {
+    /// The generic one.
+    Virt,
+    /// A Raspberry Pi 4: four cortex-a72, GICv2, 2 GiB, spin table, no PSCI.
+    Raspi4b,
+}
+
 /// What starts the image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Firmware {
@@ -52,6 +61,10 @@ pub(crate) enum Firmware {
     UefiAcpi,
     /// UEFI, from a disk, describing the machine by a device tree.
     UefiTree,
+    /// On a Raspberry Pi 4: a program that behaves like its own stub.
+    PiStub,
+    /// On a Raspberry Pi 4: Trusted Firmware, which offers PSCI.
+    PiTrusted,
 }
 
 impl FromStr for Firmware {
@@ -62,7 +75,9 @@ impl FromStr for Firmware {
             "none" => Ok(Self::None),
             "uefi-acpi" => Ok(Self::UefiAcpi),
             "uefi-tree" => Ok(Self::UefiTree),
-            _ => Err("known firmware: none, uefi-acpi, uefi-tree".to_owned()),
+            "pi-stub" => Ok(Self::PiStub),
+            "pi-tfa" => Ok(Self::PiTrusted),
+            _ => Err("known firmware: none, uefi-acpi, uefi-tree, pi-stub, pi-tfa".to_owned()),
         }
     }
 }
@@ -70,6 +85,7 @@ impl FromStr for Firmware {
 /// One machine.
 #[derive(Clone, Debug)]
 pub(crate) struct Machine {
+    pub(crate) model: Model,
     pub(crate) cpu: String,
     pub(crate) gic: u32,
     pub(crate) cpus: u32,
@@ -90,6 +106,10 @@ impl Machine {
     /// The board's own defaults.
     pub(crate) fn of(board: &Board) -> Self {
         Self {
+            model: match board.name.as_str() {
+                "rpi4" => Model::Raspi4b,
+                _ => Model::Virt,
+            },
             cpu: board.machine.cpu.clone(),
             gic: board.machine.gic_version,
             cpus: board.machine.cpus,
@@ -98,19 +118,25 @@ impl Machine {
             clock: clock::Settings::default(),
             virtualization: true,
             dtb: None,
-            firmware: Firmware::None,
+            firmware: match board.boot.media {
+                Media::Esp => Firmware::UefiAcpi,
+                Media::Image | Media::Sd => Firmware::None,
+            },
             numa: false,
         }
     }
 
     /// The part of QEMU's command line that describes the machine.
     pub(crate) fn arguments(&self) -> Vec<OsString> {
+        if self.model == Model::Raspi4b {
+            return self.raspberry();
+        }
         let switch = if self.virtualization { "on" } else { "off" };
         let mut words: Vec<OsString> = Vec::new();
         let mut option = |name: &str, value: String| words.extend([name.into(), value.into()]);
         let acpi = match self.firmware {
             Firmware::UefiTree => ",acpi=off",
-            Firmware::None | Firmware::UefiAcpi => "",
+            _ => "",
         };
         option(
             "-M",
@@ -148,6 +174,16 @@ impl Machine {
             words.extend(["-dtb".into(), dtb.into()]);
         }
         words
+    }
+
+    /// The board is as it is; only time can be chosen.
+    fn raspberry(&self) -> Vec<OsString> {
+        let mut words = vec!["-M", "raspi4b", "-smp", "4", "-m", "2G"];
+        match self.timing {
+            Timing::Insn => words.extend(["-icount", "shift=0,sleep=off"]),
+            Timing::Wall | Timing::Parallel => words.extend(["-accel", "tcg,thread=multi"]),
+        }
+        words.into_iter().map(OsString::from).collect()
     }
 
     /// The command line that makes QEMU write its device tree for this machine to `path` and end.

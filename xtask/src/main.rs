@@ -8,9 +8,12 @@ mod boards;
 mod check;
 mod ci;
 mod clock;
+mod collect;
 mod console;
+mod flash;
 mod image;
 mod linux;
+mod loaders;
 mod machine;
 mod media;
 mod paths;
@@ -45,6 +48,10 @@ enum Task {
     Bench(Box<bench::Args>),
     /// Build the image only
     Image(image::Args),
+    /// Build what a board boots from and copy it to a mounted SD card or EFI system partition
+    Flash(flash::Args),
+    /// Read a board's serial port, or a file of what it said, to the end: tables, JSON and plots as bench makes them
+    Collect(collect::Args),
     /// Run the tests
     Test(test::Args),
     /// Decide whether the tree keeps the house rules
@@ -65,6 +72,8 @@ fn main() -> ExitCode {
         Task::Run(args) => run::main(&args),
         Task::Bench(args) => bench::main(&args),
         Task::Image(args) => image::main(&args),
+        Task::Flash(args) => flash::main(&args),
+        Task::Collect(args) => collect::main(&args),
         Task::Test(args) => test::main(&args),
         Task::Check => check::main(),
         Task::Ci => ci::main(),

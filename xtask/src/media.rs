@@ -1,10 +1,11 @@
 //! What a board boots from: a tree of files, to be copied to a volume that its firmware reads.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
 
+use crate::board::{Board, Media};
 use crate::paths;
 
 /// Where UEFI looks for a program on a volume that no boot entry names.
@@ -25,6 +26,67 @@ pub(crate) fn esp(
         copy(bundle, &folder.join(UEFI_BUNDLE))?;
     }
     paths::write(&folder.join(UEFI_ARGUMENTS), format!("{arguments}\n"))
+}
+
+/// The image on a Raspberry Pi's SD card, as the board's `config.txt` names it, and what stands beside it.
+const SD_IMAGE: &str = "vellum.img";
+const SD_ARGUMENTS: &str = "cmdline.txt";
+const SD_BUNDLE: &str = "bundle.cpio";
+
+/// Makes what a board boots from below `target/boards`, anew, and returns where it is: a tree of files, or the image.
+pub(crate) fn tree(
+    board: &Board,
+    image: &Path,
+    bundle: Option<&Path>,
+    arguments: &str,
+) -> Result<PathBuf> {
+    let folder = paths::target("boards").join(&board.name);
+    if folder.exists() {
+        fs::remove_dir_all(&folder).with_context(|| folder.display().to_string())?;
+    }
+    match board.boot.media {
+        Media::Image => copy(image, &folder.join("vellum.img"))?,
+        Media::Esp => esp(&folder, image, bundle, arguments)?,
+        Media::Sd => {
+            copy(image, &folder.join(SD_IMAGE))?;
+            paths::write(&folder.join(SD_ARGUMENTS), format!("{arguments}\n"))?;
+            if let Some(bundle) = bundle {
+                copy(bundle, &folder.join(SD_BUNDLE))?;
+            }
+        }
+    }
+    for template in &board.boot.templates {
+        let from = paths::root()
+            .join("boards")
+            .join(&board.name)
+            .join(template);
+        let mut text = fs::read_to_string(&from).with_context(|| from.display().to_string())?;
+        if bundle.is_some() && template == "config.txt" {
+            text.push_str(&format!("initramfs {SD_BUNDLE} followkernel\n"));
+        }
+        paths::write(&folder.join(template), text)?;
+    }
+    Ok(folder)
+}
+
+/// Every file below `folder`, as paths from there, sorted.
+pub(crate) fn files(folder: &Path) -> Result<Vec<PathBuf>> {
+    let mut found = Vec::new();
+    let mut folders = vec![PathBuf::new()];
+    while let Some(below) = folders.pop() {
+        let here = folder.join(&below);
+        for entry in fs::read_dir(&here).with_context(|| here.display().to_string())? {
+            let entry = entry?;
+            let path = below.join(entry.file_name());
+            if entry.path().is_dir() {
+                folders.push(path);
+            } else {
+                found.push(path);
+            }
+        }
+    }
+    found.sort();
+    Ok(found)
 }
 
 fn copy(from: &Path, to: &Path) -> Result<()> {

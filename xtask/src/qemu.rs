@@ -16,7 +16,9 @@ use anyhow::{Context as _, Result, anyhow, bail};
 
 use crate::clock;
 use crate::console::{Cutter, Piece};
-use crate::machine::{Firmware, Machine, Timing};
+use crate::linux;
+use crate::loaders;
+use crate::machine::{Firmware, Machine, Model, Timing};
 use crate::media;
 use crate::paths;
 use crate::process;
@@ -59,6 +61,8 @@ pub(crate) struct Qemu {
 pub(crate) struct Launch<'a> {
     pub(crate) machine: &'a Machine,
     pub(crate) image: &'a Path,
+    /// A file that is put into RAM beside it, and where.
+    pub(crate) placed: Option<(&'a Path, u64)>,
     /// The initial RAM disk: kernel and RAM disk of a guest.
     pub(crate) bundle: Option<&'a Path>,
     /// Boot arguments, `key=value` separated by spaces.
@@ -113,6 +117,29 @@ impl Qemu {
         self.run_with(launch, None, hear)
     }
 
+    /// Puts a program at address 0, where a Raspberry Pi 4 begins, and image and tree where its firmware does. The tree is
+    /// QEMU's, with RAM and boot arguments filled in.
+    fn boot_from_address_0(
+        &self,
+        command: &mut Command,
+        launch: &Launch<'_>,
+        trusted: bool,
+    ) -> Result<Scratch> {
+        let folder = Scratch::new();
+        std::fs::create_dir_all(&folder.0)?;
+        let stub = loaders::raspberry(trusted, &folder.0)?;
+        let tree = folder.0.join("tree.dtb");
+        let mut dump = Command::new(&self.program);
+        dump.args(launch.machine.dump_device_tree(&tree));
+        dump.arg("-dtb").arg(linux::pi4_tree()?);
+        dump.arg("-kernel").arg(launch.image);
+        process::output(dump.arg("-append").arg(launch.append))?;
+        load(command, &stub, 0);
+        load(command, &tree, loaders::PI_TREE.into());
+        load(command, launch.image, loaders::PI_IMAGE.into());
+        Ok(folder)
+    }
+
     /// As [`Qemu::run`], with a keyboard. The run ends when the keyboard's sender is dropped.
     pub(crate) fn run_with(
         &self,
@@ -144,6 +171,9 @@ impl Qemu {
                     .arg(launch.image)
                     .arg("-append")
                     .arg(launch.append);
+                if launch.machine.model == Model::Raspi4b {
+                    command.arg("-dtb").arg(linux::pi4_tree()?);
+                }
                 if let Some(bundle) = launch.bundle {
                     command.arg("-initrd").arg(bundle);
                 }
@@ -152,7 +182,12 @@ impl Qemu {
             Firmware::UefiAcpi | Firmware::UefiTree => {
                 Some(boot_from_volume(&mut command, launch)?)
             }
+            Firmware::PiStub => Some(self.boot_from_address_0(&mut command, launch, false)?),
+            Firmware::PiTrusted => Some(self.boot_from_address_0(&mut command, launch, true)?),
         };
+        if let Some((file, address)) = launch.placed {
+            load(&mut command, file, address);
+        }
         if launch.gdb {
             command.args(["-S", "-gdb", "tcp::1234"]);
         }
@@ -198,9 +233,7 @@ impl Qemu {
 
 /// Adds UEFI and a disk that it finds the image on.
 fn boot_from_volume(command: &mut Command, launch: &Launch<'_>) -> Result<Scratch> {
-    static RUNS: AtomicUsize = AtomicUsize::new(0);
-    let run = RUNS.fetch_add(1, Ordering::Relaxed);
-    let folder = Scratch(paths::target(&format!("esp/{}-{run}", std::process::id())));
+    let folder = Scratch::new();
     media::esp(&folder.0, launch.image, launch.bundle, launch.append)?;
     command.arg("-bios").arg(firmware::uefi()?);
     let mut disk = OsString::from("format=raw,if=virtio,file=fat:rw:");
@@ -212,11 +245,25 @@ fn boot_from_volume(command: &mut Command, launch: &Launch<'_>) -> Result<Scratc
 /// A folder that does not outlive its owner.
 struct Scratch(PathBuf);
 
+impl Scratch {
+    fn new() -> Self {
+        static RUNS: AtomicUsize = AtomicUsize::new(0);
+        let run = RUNS.fetch_add(1, Ordering::Relaxed);
+        Self(paths::target(&format!("runs/{}-{run}", std::process::id())))
+    }
+}
+
 impl Drop for Scratch {
     fn drop(&mut self) {
         // What stays is in nobody's way.
         std::fs::remove_dir_all(&self.0).unwrap_or_default();
     }
+}
+
+fn load(command: &mut Command, file: &Path, address: u64) {
+    let mut device = OsString::from(format!("loader,addr={address:#x},force-raw=on,file="));
+    device.push(file);
+    command.arg("-device").arg(device);
 }
 
 /// Reads the console until it closes or a limit is reached.
@@ -393,6 +440,7 @@ mod tests {
         let launch = Launch {
             machine: &machine,
             image: Path::new("image"),
+            placed: None,
             bundle: None,
             append: "",
             limit: Duration::from_millis(800),

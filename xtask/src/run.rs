@@ -61,9 +61,11 @@ pub(crate) struct Args {
     /// Show what happens without EL2
     #[arg(long)]
     no_el2: bool,
-    /// What starts the image: none (QEMU itself), uefi-acpi, uefi-tree (UEFI from a disk, with ACPI tables or a device tree)
-    #[arg(long, value_name = "NAME", default_value = "none")]
-    firmware: Firmware,
+    /// What starts the image: none (QEMU itself), uefi-acpi, uefi-tree (UEFI from a disk, with ACPI tables or a device tree),
+    /// pi-stub, pi-tfa (what a Raspberry Pi 4 has at address 0)
+    /// [default: as the board boots]
+    #[arg(long, value_name = "NAME")]
+    firmware: Option<Firmware>,
     /// Spread CPUs and RAM over two NUMA nodes
     #[arg(long)]
     numa: bool,
@@ -75,6 +77,9 @@ pub(crate) struct Args {
 /// Which machine; what is not given is the board's default.
 #[derive(clap::Args, Clone, Default)]
 pub(crate) struct MachineArgs {
+    /// Board that QEMU stands in for
+    #[arg(long, value_name = "NAME")]
+    pub(crate) board: Option<String>,
     /// CPU model
     #[arg(long, value_name = "MODEL")]
     pub(crate) cpu: Option<String>,
@@ -128,7 +133,10 @@ impl Args {
 
 /// Boots once.
 pub(crate) fn main(args: &Args) -> Result<ExitCode> {
-    let board = Board::qemu_virt()?;
+    let board = match &args.machine.board {
+        Some(name) => Board::load(name)?,
+        None => Board::qemu_virt()?,
+    };
     let mut wanted = args.machine.clone();
     if args.guest.is_some() {
         wanted.cpus = wanted.cpus.or(Some(args.vcpus.saturating_add(1)));
@@ -141,7 +149,8 @@ pub(crate) fn main(args: &Args) -> Result<ExitCode> {
     machine.clock = args.clock.settings();
     machine.virtualization = !args.no_el2;
     machine.dtb.clone_from(&args.dtb);
-    (machine.firmware, machine.numa) = (args.firmware, args.numa);
+    machine.firmware = args.firmware.unwrap_or(machine.firmware);
+    machine.numa = args.numa;
     let qemu = setup::qemu(&args.qemu)?;
     let image = image::build(Profile::of(args.debug))?;
     if args.gdb {
@@ -164,6 +173,7 @@ pub(crate) fn main(args: &Args) -> Result<ExitCode> {
     let launch = Launch {
         machine: &machine,
         image: &image.flat,
+        placed: None,
         bundle: bundle.as_deref(),
         append: &append,
         limit: patience,

@@ -11,6 +11,7 @@ mod epochs;
 mod exits;
 mod firmware;
 mod host;
+mod hostile;
 mod linux;
 mod parallel;
 mod scheduling;

@@ -10,6 +10,8 @@ use crate::setup::debian::Packages;
 
 /// The package that depends on the newest kernel of a release.
 const NEWEST: &str = "linux-image-arm64";
+/// The file in it that describes a Raspberry Pi 4.
+const PI4_TREE: &str = "bcm2711-rpi-4-b.dtb";
 /// The package of the programs.
 const PROGRAMS: &str = "busybox-static";
 
@@ -21,12 +23,28 @@ fn release(series: Series) -> &'static str {
     }
 }
 
-/// The kernel and busybox to go with it, fetched first if they are not there.
-pub(super) fn ready(series: Series) -> Result<(PathBuf, PathBuf)> {
+/// What is used of the packages.
+#[derive(Debug)]
+pub(super) struct Files {
+    pub(super) kernel: PathBuf,
+    pub(super) busybox: PathBuf,
+    /// A board's device tree, which is built with the kernel.
+    pub(super) pi4_tree: PathBuf,
+}
+
+/// The kernel and what goes with it, fetched first if they are not there.
+pub(super) fn ready(series: Series) -> Result<Files> {
     let folder = paths::target("linux").join(series.name());
-    let (kernel, busybox) = (folder.join("Image"), folder.join("busybox"));
-    if kernel.is_file() && busybox.is_file() {
-        return Ok((kernel, busybox));
+    let files = Files {
+        kernel: folder.join("Image"),
+        busybox: folder.join("busybox"),
+        pi4_tree: folder.join(PI4_TREE),
+    };
+    if [&files.kernel, &files.busybox, &files.pi4_tree]
+        .iter()
+        .all(|it| it.is_file())
+    {
+        return Ok(files);
     }
     let partial = paths::target(&format!("linux/partial-{}", std::process::id()));
     let what = format!(
@@ -46,10 +64,15 @@ pub(super) fn ready(series: Series) -> Result<(PathBuf, PathBuf)> {
     if !programs.starts_with(b"\x7fELF") {
         bail!("package {PROGRAMS} has no busybox");
     }
-    paths::write(&busybox, programs)?;
+    let tree = packages.file(&name, &format!("*/broadcom/{PI4_TREE}"))?;
+    if !tree.starts_with(&[0xd0, 0x0d, 0xfe, 0xed]) {
+        bail!("package {name} has no device tree of a Raspberry Pi 4");
+    }
+    paths::write(&files.busybox, programs)?;
+    paths::write(&files.pi4_tree, tree)?;
     paths::write(&folder.join("package"), format!("{name}\n"))?;
-    paths::write(&kernel, image)?;
-    Ok((kernel, busybox))
+    paths::write(&files.kernel, image)?;
+    Ok(files)
 }
 
 /// The package that the newest kernel of the series is in, from what `apt-cache show` says.

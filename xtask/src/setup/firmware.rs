@@ -1,4 +1,5 @@
-//! UEFI for QEMU's `virt` board: EDK2 as Debian builds it, fetched once into `target/firmware`.
+//! Firmware for emulated machines as Debian builds it, fetched once into `target/firmware`: EDK2 for QEMU's `virt` board,
+//! Trusted Firmware for the Raspberry Pi 4.
 
 use std::path::PathBuf;
 
@@ -9,21 +10,39 @@ use crate::paths;
 
 const RELEASE: &str = "bookworm";
 const PACKAGE: &str = "qemu-efi-aarch64";
+const TRUSTED_PACKAGE: &str = "arm-trusted-firmware";
 
 /// The flash image, fetched first if it is not there.
 pub(crate) fn uefi() -> Result<PathBuf> {
-    let path = paths::target("firmware").join("QEMU_EFI.fd");
+    fetched(
+        "QEMU_EFI.fd",
+        PACKAGE,
+        "*/qemu-efi-aarch64/QEMU_EFI.fd",
+        |it| it.windows(4).take(64).any(|it| it == b"_FVH"),
+    )
+}
+
+/// EL3's part for the Raspberry Pi 4, fetched first if it is not there.
+pub(crate) fn trusted() -> Result<PathBuf> {
+    fetched("rpi4-bl31.bin", TRUSTED_PACKAGE, "*/rpi4/bl31.bin", |it| {
+        it.len() > 4096
+    })
+}
+
+/// One file of a package; two runs may fetch it at once, and either's is as good.
+fn fetched(name: &str, package: &str, file: &str, sound: fn(&[u8]) -> bool) -> Result<PathBuf> {
+    let path = paths::target("firmware").join(name);
     if path.is_file() {
         return Ok(path);
     }
-    let partial = paths::target(&format!("firmware/partial-{}", std::process::id()));
-    let what = "Debian's UEFI for QEMU into target/firmware (about 15 MB)";
-    let packages = Packages::of(RELEASE, partial, what)?;
-    packages.download(&[PACKAGE])?;
-    let flash = packages.file(PACKAGE, "*/QEMU_EFI.fd")?;
-    if !flash.windows(4).take(64).any(|it| it == b"_FVH") {
-        bail!("package {PACKAGE} has no UEFI firmware volume");
+    let partial = format!("firmware/partial-{name}-{}", std::process::id());
+    let what = format!("Debian's {package} into target/firmware (about 15 MB)");
+    let packages = Packages::of(RELEASE, paths::target(&partial), &what)?;
+    packages.download(&[package])?;
+    let bytes = packages.file(package, file)?;
+    if !sound(&bytes) {
+        bail!("package {package} has no usable {name}");
     }
-    paths::write(&path, flash)?;
+    paths::write(&path, bytes)?;
     Ok(path)
 }

@@ -13,6 +13,7 @@ use anyhow::{Context as _, Result, anyhow, bail};
 
 use super::Tally;
 use super::cases::{self, Boot, Case, Expect};
+use super::hostile;
 use super::soak::Record;
 use crate::board::Board;
 use crate::image::{self, Image, Profile};
@@ -151,9 +152,16 @@ impl Bench {
         } else {
             &self.release
         };
+        let hostile = boot
+            .hostile
+            .then(|| hostile::files(image, machine.memory_mib))
+            .transpose()?;
         let launch = Launch {
             machine: &machine,
-            image: &image.flat,
+            image: hostile.as_ref().map_or(&image.flat, |[loader, _]| loader),
+            placed: hostile
+                .as_ref()
+                .map(|[_, spoiled]| (spoiled.as_path(), hostile::PLACE)),
             bundle: bundle.as_deref(),
             append: &boot.append,
             limit,

@@ -1,8 +1,9 @@
-//! Cases of the ways into the image: the same file, started by UEFI.
+//! Cases of the ways into the image: the same file, started by UEFI, and on another board.
 
 use super::cases::{Case, Expect, Table};
 use super::checks;
-use crate::machine::Firmware;
+use crate::board::Board;
+use crate::machine::{Firmware, Machine};
 
 impl Table<'_> {
     /// UEFI loads the image from a disk and describes the machine, once in each of its languages.
@@ -24,7 +25,7 @@ impl Table<'_> {
                 Firmware::UefiAcpi,
             ),
         ];
-        machines
+        let mut cases: Vec<Case> = machines
             .map(|(name, (cpu, gic, cpus, numa), firmware)| {
                 let machine = self.machine(|machine| {
                     (machine.cpu, machine.gic, machine.cpus) = (cpu.into(), gic, cpus);
@@ -37,6 +38,38 @@ impl Table<'_> {
                     Expect::Good(checks::guest_is_content),
                 )
             })
-            .into()
+            .into();
+        cases.extend(self.raspberry());
+        cases
+    }
+
+    /// A Raspberry Pi 4, started by QEMU, by a program that behaves like the Pi's stub (CPUs on a spin table, SMC undefined,
+    /// 54 MHz, interrupts in group 1), and by Trusted Firmware, which offers PSCI.
+    fn raspberry(&self) -> Vec<Case> {
+        let Ok(board) = Board::load("rpi4") else {
+            return Vec::new();
+        };
+        [
+            ("Raspberry Pi 4, started by QEMU", Firmware::None),
+            (
+                "Raspberry Pi 4, started by a stub like its own",
+                Firmware::PiStub,
+            ),
+            (
+                "Raspberry Pi 4, started by Trusted Firmware",
+                Firmware::PiTrusted,
+            ),
+        ]
+        .map(|(name, firmware)| {
+            let mut machine = Machine::of(&board);
+            machine.firmware = firmware;
+            self.case(
+                name,
+                machine,
+                "suite=selftest vcpus=1,3",
+                Expect::Good(checks::guest_is_content),
+            )
+        })
+        .into()
     }
 }

@@ -27,6 +27,7 @@ impl Table<'_> {
                 linux: None,
                 typed: &[],
                 without_gic: false,
+                hostile: false,
             });
             let first = self.case(name, boots[0].machine.clone(), "", Expect::Good(check));
             Case {

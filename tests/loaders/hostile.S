@@ -1,0 +1,127 @@
+// A boot loader with the worst manners that the boot protocol allows: it fills RAM and every EL2 register it may write
+// with garbage, and only then starts the image. What is not set by the image itself shows.
+//
+// The test patches the three words after the header: where the image is, where it ends, and where RAM ends.
+
+.macro constant register, value
+    movz    \register, #((\value) & 0xffff)
+    movk    \register, #(((\value) >> 16) & 0xffff), lsl #16
+    movk    \register, #(((\value) >> 32) & 0xffff), lsl #32
+    movk    \register, #(((\value) >> 48) & 0xffff), lsl #48
+.endm
+
+.macro spoil register
+    msr     \register, x9
+.endm
+
+.section .head, "ax"
+.global start
+start:
+    b       begin
+    nop
+    .quad   0
+    .quad   0x10000
+    .quad   0xa
+    .quad   0, 0, 0
+    .ascii  "ARM\x64"
+    .word   0
+image:
+    .quad   0
+image_end:
+    .quad   0
+ram_end:
+    .quad   0
+
+begin:
+    mov     x19, x0
+    ldr     x20, image
+    ldr     x21, image_end
+    ldr     x22, ram_end
+    constant x9, 0xa5a5a5a55a5a5a5a
+    // RAM: below this code, from the image to the tree, and behind the tree.
+    adr     x1, start
+    and     x0, x1, #~0x3fffffff
+    bl      fill
+    mov     x0, x21
+    mov     x1, x19
+    bl      fill
+    add     x0, x19, #0x200000
+    mov     x1, x22
+    bl      fill
+
+    spoil   vbar_el2
+    spoil   ttbr0_el2
+    spoil   tcr_el2
+    spoil   mair_el2
+    spoil   amair_el2
+    spoil   actlr_el2
+    spoil   hacr_el2
+    spoil   hstr_el2
+    spoil   cptr_el2
+    spoil   mdcr_el2
+    spoil   vttbr_el2
+    spoil   vtcr_el2
+    spoil   vpidr_el2
+    spoil   vmpidr_el2
+    spoil   tpidr_el2
+    spoil   elr_el2
+    spoil   esr_el2
+    spoil   far_el2
+    spoil   hpfar_el2
+    spoil   afsr0_el2
+    spoil   afsr1_el2
+    spoil   cntvoff_el2
+    spoil   cnthctl_el2
+    spoil   cnthp_cval_el2
+    spoil   sctlr_el1
+    spoil   tcr_el1
+    spoil   ttbr0_el1
+    spoil   ttbr1_el1
+    spoil   mair_el1
+    spoil   vbar_el1
+    spoil   sp_el1
+    spoil   elr_el1
+    spoil   cntv_cval_el0
+    spoil   s3_4_c1_c2_2                // HCRX_EL2
+    spoil   s3_4_c1_c1_4                // HFGRTR_EL2
+    spoil   s3_4_c1_c1_5                // HFGWTR_EL2
+    spoil   s3_4_c1_c1_6                // HFGITR_EL2
+    spoil   s3_4_c3_c1_4                // HDFGRTR_EL2
+    spoil   s3_4_c3_c1_5                // HDFGWTR_EL2
+    spoil   s3_4_c2_c0_3                // TCR2_EL2
+    spoil   s3_4_c12_c11_7              // ICH_VMCR_EL2
+    spoil   s3_4_c12_c12_0              // ICH_LR0_EL2
+    spoil   s3_4_c12_c12_1              // ICH_LR1_EL2
+    spoil   s3_4_c12_c9_0               // ICH_AP1R0_EL2
+    mov     x10, #3
+    msr     s3_4_c12_c11_0, x10         // ICH_HCR_EL2: on, with a maintenance interrupt
+    mov     x10, #1
+    msr     cnthp_ctl_el2, x10          // every timer rings
+    msr     cntv_ctl_el0, x10
+    msr     cntp_ctl_el0, x10
+    // MMU off and little-endian, as the protocol demands; everything else at random.
+    constant x10, 0x02000001
+    bic     x10, x9, x10
+    msr     sctlr_el2, x10
+    isb
+    // E2H and TGE with it.
+    orr     x10, x9, #0x400000000
+    orr     x10, x10, #0x8000000
+    msr     hcr_el2, x10
+    isb
+    mov     x0, x19
+    mov     sp, x9
+    mov     x1, x9
+    mov     x2, x9
+    mov     x3, x9
+    mov     x29, x9
+    mov     x30, x9
+    br      x20
+
+// Fills [x0, x1) with x9.
+fill:
+    cmp     x0, x1
+    b.hs    1f
+    stp     x9, x9, [x0], #16
+    b       fill
+1:  ret

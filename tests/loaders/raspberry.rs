@@ -1,0 +1,10 @@
+//! The Raspberry Pi's stub: assembly only, in a crate of its own so that a compiler can be asked for it.
+#![no_std]
+#![no_main]
+
+core::arch::global_asm!(include_str!("raspberry.S"));
+
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
+    loop {}
+}
