@@ -2,6 +2,7 @@
 //! Trusted Firmware for the Raspberry Pi 4.
 
 use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Result, bail};
 
@@ -29,8 +30,10 @@ pub(crate) fn trusted() -> Result<PathBuf> {
     })
 }
 
-/// One file of a package; two runs may fetch it at once, and either's is as good.
+/// One file of a package, fetched once however many cases want it at the same time.
 fn fetched(name: &str, package: &str, file: &str, sound: fn(&[u8]) -> bool) -> Result<PathBuf> {
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     let path = paths::target("firmware").join(name);
     if path.is_file() {
         return Ok(path);
