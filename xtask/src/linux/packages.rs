@@ -1,6 +1,7 @@
 //! Debian's kernels and its static busybox for arm64, out of its packages. What was fetched once stays below `target/linux`.
 
 use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context as _, Result, bail};
 
@@ -34,6 +35,8 @@ pub(super) struct Files {
 
 /// The kernel and what goes with it, fetched first if they are not there.
 pub(super) fn ready(series: Series) -> Result<Files> {
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     let folder = paths::target("linux").join(series.name());
     let files = Files {
         kernel: folder.join("Image"),

@@ -19,7 +19,7 @@ pub(crate) fn uefi() -> Result<PathBuf> {
         "QEMU_EFI.fd",
         PACKAGE,
         "*/qemu-efi-aarch64/QEMU_EFI.fd",
-        |it| it.windows(4).take(64).any(|it| it == b"_FVH"),
+        |it| it.windows(4).take(64 << 10).any(|it| it == b"_FVH"),
     )
 }
 
