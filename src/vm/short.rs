@@ -97,6 +97,8 @@ impl Resident<'_> {
     fn judge_abort(&mut self, esr: u64) -> Verdict {
         let (kind, access, unpromised) = if trap::is_forbidden_store(esr) {
             (FaultKind::Permission, Access::Write, true)
+        } else if trap::is_store_to_old(esr) {
+            (FaultKind::AccessFlag, Access::Write, false)
         } else {
             let abort = trap::abort(esr);
             let FaultStatus::Stage2(kind) = abort.status else {

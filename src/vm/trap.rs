@@ -237,15 +237,25 @@ pub fn abort(esr: u64) -> Abort {
 /// kind. [`abort`] says the same of it.
 #[inline(always)]
 pub const fn is_forbidden_store(esr: u64) -> bool {
+    is_plain_store(esr, 0b00_1100)
+}
+
+/// The same of a store to what is old, which aging is made of where software keeps the access flag.
+#[inline(always)]
+pub const fn is_store_to_old(esr: u64) -> bool {
+    is_plain_store(esr, 0b00_1000)
+}
+
+/// Whether ESR_EL2 is of a store, of no special kind, with this DFSC but for the level.
+#[inline(always)]
+const fn is_plain_store(esr: u64, status: u64) -> bool {
     const EC: u64 = 0x3f << EC_SHIFT;
     const DATA_ABORT: u64 = 0x24 << EC_SHIFT;
-    /// DFSC but for the level.
     const STATUS: u64 = 0b11_1100;
-    const PERMISSION: u64 = 0b00_1100;
     const WNR: u64 = 1 << 6;
     const S1PTW: u64 = 1 << 7;
     const CM: u64 = 1 << 8;
-    esr & (EC | STATUS | WNR | S1PTW | CM) == DATA_ABORT | PERMISSION | WNR
+    esr & (EC | STATUS | WNR | S1PTW | CM) == DATA_ABORT | status | WNR
 }
 
 /// As [`abort`], and whether it is one on an instruction fetch.
@@ -384,7 +394,7 @@ mod tests {
 
     use super::{
         Abort, EC_SHIFT, ESR_IL, FaultStatus, SystemRegister, SystemRegisterAccess, Transfer, Trap,
-        abort_of, decode, is_forbidden_store,
+        abort_of, decode, is_forbidden_store, is_store_to_old,
     };
     use crate::mmu::{Access, FaultKind};
 
@@ -455,24 +465,30 @@ mod tests {
     }
 
     #[test]
-    fn a_forbidden_store_is_told_quickly_from_every_other_abort() {
-        let mut found = 0;
+    fn plain_stores_are_told_quickly_from_every_other_abort() {
+        let mut found = [0; 2];
         for class in 0x20_u64..=0x25 {
             for iss in 0..0x800 {
                 let esr = class << EC_SHIFT | 1 << 25 | iss;
                 let (fetch, abort) = abort_of(esr);
-                let stores = class == 0x24
+                let plain = class == 0x24
                     && !fetch
-                    && abort.status == FaultStatus::Stage2(FaultKind::Permission)
                     && abort.access == Access::Write
                     && !abort.stage1_walk
                     && !abort.maintenance;
-                assert_eq!(is_forbidden_store(esr), stores, "{esr:#x}");
-                found += u32::from(stores);
+                let quickly = [
+                    (FaultKind::Permission, is_forbidden_store(esr)),
+                    (FaultKind::AccessFlag, is_store_to_old(esr)),
+                ];
+                for ((kind, said), found) in quickly.into_iter().zip(&mut found) {
+                    let is_one = plain && abort.status == FaultStatus::Stage2(kind);
+                    assert_eq!(said, is_one, "{esr:#x}");
+                    *found += u32::from(is_one);
+                }
             }
         }
         // Four levels; bits 9 and 10 are any.
-        assert_eq!(found, 16);
+        assert_eq!(found, [16, 16]);
     }
 
     #[test]
