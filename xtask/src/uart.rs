@@ -106,13 +106,20 @@ impl Transcript {
         }
     }
 
-    /// The first line of a panic if there was one, else the last line.
-    pub(crate) fn last_words(&self) -> &str {
+    /// The first line of a panic if there was one, else the end of what the guest wrote to its console, else the last line.
+    pub(crate) fn last_words(&self) -> String {
+        const MOST: usize = 240;
         let panic = self.text.iter().find(|line| line.starts_with("PANIC"));
+        if panic.is_none() && !self.guest.is_empty() {
+            let from = self.guest.len().saturating_sub(MOST);
+            let end = self.guest.get(from..).unwrap_or_default();
+            return format!("... {}", end.escape_ascii());
+        }
         let last = || self.text.iter().rev().find(|line| !line.is_empty());
         panic
             .or_else(last)
             .map_or("it said nothing", String::as_str)
+            .to_owned()
     }
 }
 
