@@ -214,9 +214,15 @@ resume:
     ldr     x18, [sp, #144]
     ldr     x30, [sp, #240]
     ldp     x0, x1, [sp]
+    sevl                                // what ERET is anyway, but not under QEMU 11.1; see below
     eret
     dsb     nsh                         // no speculation past ERET
     isb
+
+// An exception between a guest's exclusive load and its WFE disarms the monitor, so that no store to the lock would end the
+// wait. Returning from the exception sets the event register instead (DDI 0487 issue K.a, D1.7.1), and the WFE does not wait.
+// QEMU 11.1 does not set it: there a vCPU in an interrupt handler that waited for a lock slept for ever. A hypercall cannot
+// stand between the two for any reason, so its path leaves the event to ERET.
 
 not_resumed:
     tbnz    x0, #{VERDICT_LOAD_BIT}, load

@@ -13,6 +13,7 @@ use super::scene::{Outcome, Scene, Stage, cpu};
 use super::verify::clear;
 
 const IPI_ROUNDS: u64 = 50;
+const EVENT_ROUNDS: u64 = 200;
 
 /// Every check on every vCPU; false when one failed.
 pub(super) fn run(stage: &Stage<'_>) -> Result<bool, Refusal> {
@@ -33,6 +34,10 @@ pub(super) fn run(stage: &Stage<'_>) -> Result<bool, Refusal> {
                 scene.perform(|_| command(op::TIMER_TEST, 1))?,
             );
             good &= judge(stage, "ipi", &scene, scene.perform(ipi)?);
+            if vcpus > 1 {
+                let events = scene.perform(|_| command(op::EVENTS, EVENT_ROUNDS))?;
+                good &= judge(stage, "events", &scene, events);
+            }
             // Hostility meets memory that is being logged, too.
             let enabled = scene.stage2().enable_logging(cpu(), scene.data, false);
             enabled.map_err(|error| alloc::format!("dirty logging: {error}"))?;

@@ -32,6 +32,9 @@ pub mod op {
     pub const IPI_SEND: u64 = 6;
     /// Every other vCPU: sleep and answer until x1 rounds are done.
     pub const IPI_SERVE: u64 = 7;
+    /// vCPU 1: wait x1 times, by exclusive load and WFE, for a store of vCPU 0, with interrupts pending that are not to be taken.
+    /// vCPU 0: interrupt it, then store, as often. Results: stores, and those that were waited for in vain.
+    pub const EVENTS: u64 = 18;
     /// Do what a hostile guest does; x1 first address of a writable page pair. Results as above.
     pub const HOSTILE: u64 = 8;
     /// Call the firmware with function x1, which is not to return.
@@ -248,6 +251,10 @@ pub struct Area {
     pub lock: AtomicU64,
     /// Times it was taken.
     pub locked: AtomicU64,
+    /// [`op::EVENTS`]: the store that vCPU 1 waits for next. Written by it.
+    pub event_awaited: AtomicU64,
+    /// As above: the last store, by vCPU 0.
+    pub event: AtomicU64,
 }
 
 /// Address of the area of vCPU `index`.

@@ -309,6 +309,21 @@ pub(crate) fn wait_for_event() {
     unsafe { asm!("sevl", "wfe", "wfe", options(nostack)) };
 }
 
+/// Waits until the word at `address` is `least` or more: an exclusive load, then `WFE`, which the store by another ends.
+pub(crate) fn wait_for_store(address: u64, least: u64) {
+    // SAFETY: The address is this program's own data.
+    unsafe {
+        asm!("2: ldaxr {v}, [{a}]", "cmp {v}, {least}", "b.hs 3f", "wfe", "b 2b", "3: clrex",
+             v = out(reg) _, a = in(reg) address, least = in(reg) least, options(nostack));
+    }
+}
+
+/// `SEV`.
+pub(crate) fn send_event() {
+    // SAFETY: A hint.
+    unsafe { asm!("sev", options(nostack)) };
+}
+
 /// `YIELD`: under an emulator that runs one CPU at a time, the next one's turn; nothing on most machines.
 #[inline(always)]
 pub(crate) fn yield_now() {

@@ -32,6 +32,10 @@ pub(super) const TIMER: u64 = 27;
 /// INTID of the physical timer.
 pub(super) const PHYSICAL_TIMER: u64 = 30;
 const INTID: u64 = 0x3ff;
+/// [`set_priority_mask`]: all interrupts are signalled.
+pub(super) const EVERY_PRIORITY: u64 = 0xff;
+/// As above: none is.
+pub(super) const NO_PRIORITY: u64 = 0;
 /// What acknowledging gives when nothing is pending; ending it has no effect.
 pub(super) const SPURIOUS: u64 = 1023;
 
@@ -40,7 +44,7 @@ pub(super) fn init(version: u64, index: u64) {
     if version == 2 {
         asm::store_word(GICD_CTLR, 1);
         asm::store_word(GICD + ISENABLER0, ENABLED);
-        asm::store_word(GICC_PMR, 0xff);
+        set_priority_mask(EVERY_PRIORITY);
         asm::store_word(GICC_CTLR, 1);
         return;
     }
@@ -51,8 +55,17 @@ pub(super) fn init(version: u64, index: u64) {
     // Affinity routing, group 1 on.
     asm::store_word(GICD_CTLR, 1 << 4 | 1 << 1);
     asm::set_icc_sre(0b111);
-    asm::set_icc_pmr(0xff);
+    set_priority_mask(EVERY_PRIORITY);
     asm::set_icc_igrpen1(1);
+}
+
+/// Interrupts of priorities less than `mask` are signalled; none with zero.
+pub(super) fn set_priority_mask(mask: u64) {
+    if params().gic == 2 {
+        asm::store_word(GICC_PMR, mask);
+    } else {
+        asm::set_icc_pmr(mask);
+    }
 }
 
 /// Sends SGI `intid` to vCPU `target`.

@@ -1,6 +1,7 @@
 //! The guest: boots on vCPU 0, then does what it is told, one operation after the other.
 
 mod asm;
+mod events;
 mod gic;
 mod hostile;
 mod interrupts;
@@ -69,6 +70,7 @@ fn perform(op: u64, args: [u64; 5]) -> Done {
         op::TIMER_TEST => interrupts::timer_test(first != 0),
         op::IPI_SEND => interrupts::ipi_send(first),
         op::IPI_SERVE => interrupts::ipi_serve(first),
+        op::EVENTS => events::run(first),
         op::HOSTILE => hostile::run(first),
         op::HYPERCALLS => hypercalls(first),
         op::MEASURE => measure::run(first, second, third, fourth != 0),
