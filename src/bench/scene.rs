@@ -19,6 +19,7 @@ use crate::mmu::{
 };
 use crate::sync::percpu;
 use crate::sync::quiescence::CpuId;
+use crate::vm::vgic::state::VmState;
 use crate::vm::{Command, Host, Placement, Vm, VmConfig, run};
 
 use super::Refusal;
@@ -479,6 +480,27 @@ impl Scene {
     pub(super) fn pause_and_resume(&self) {
         self.vm.stop(self.host);
         self.vm.start(self.host);
+    }
+
+    /// The state of its interrupt controller, for which the VM is stopped.
+    pub(super) fn interrupts(&self) -> Result<VmState, Refusal> {
+        self.vm.stop(self.host);
+        let state = self.vm.save_interrupts();
+        self.vm.start(self.host);
+        state.ok_or_else(|| "a stopped VM's interrupts cannot be saved".into())
+    }
+
+    /// Stops the VM, has its interrupt controller forget everything for `other`, gives it back what it had, and has the VM go
+    /// on. False: it does not have what it had.
+    pub(super) fn restore_interrupts(&self, other: &VmState) -> bool {
+        self.vm.stop(self.host);
+        let restored = self.vm.save_interrupts().is_some_and(|before| {
+            self.vm.restore_interrupts(other)
+                && self.vm.restore_interrupts(&before)
+                && self.vm.save_interrupts() == Some(before)
+        });
+        self.vm.start(self.host);
+        restored
     }
 
     /// Takes all vCPUs from their CPUs.

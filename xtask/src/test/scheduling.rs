@@ -123,6 +123,8 @@ impl Table<'_> {
 fn nothing_is_lost(transcripts: &[Transcript]) -> Verdict {
     each(transcripts, |row: &Row| {
         same(row, "failed_mask", 0.0)?;
+        let restored = if row.case == "restored" { 200.0 } else { 0.0 };
+        same(row, "restored", restored)?;
         let (sent, handled) = (value(row, "sent")?, value(row, "handled")?);
         if row.case == "paced" {
             return same(row, "handled", sent);
