@@ -23,10 +23,10 @@ use super::report::{Row, progress};
 use super::scene::{Cast, Scene, Stage, cpu};
 use super::verify::clear;
 
-/// Runs of a kind, all at once and one by one.
+/// Runs of a kind, all at once and one by one, unless fewer are asked for.
 const RUNS: u64 = if cfg!(debug_assertions) { 512 } else { 4096 };
-/// Runs of a kind that waits.
-const WAITING_RUNS: u64 = RUNS / 8;
+/// A kind that waits is run once for so many runs of the others.
+const WAITING: u64 = 8;
 /// How far ahead timers are set.
 const TIMER_NS: u64 = 50_000;
 /// vCPUs of the VM that is measured, and of the other.
@@ -117,10 +117,18 @@ impl Kind {
 
     const fn waiting(what: u64, argument: u64) -> Self {
         Self {
-            what,
-            argument,
-            runs: WAITING_RUNS,
+            runs: RUNS / WAITING,
             alone: true,
+            ..Self::new(what, argument)
+        }
+    }
+
+    /// With as many runs as are asked for where those are fewer.
+    fn of(self, stage: &Stage<'_>) -> Self {
+        let most = stage.params.runs / if self.alone { WAITING } else { 1 };
+        Self {
+            runs: self.runs.min(most),
+            ..self
         }
     }
 
@@ -162,7 +170,9 @@ impl Kind {
 fn interrupts(stage: &Stage<'_>, cast: Cast, vcpus: usize) -> Result<bool, Refusal> {
     let scene = stage.open(cast)?;
     let none = || Ok(());
-    let idle = Kind::new(measure::NOTHING, 0).measure(&scene, none)?;
+    let idle = Kind::new(measure::NOTHING, 0)
+        .of(stage)
+        .measure(&scene, none)?;
     let empty = idle.least();
     let mut lost = 0;
     let mut tell = |row: Row, found: &Found| {
@@ -176,7 +186,10 @@ fn interrupts(stage: &Stage<'_>, cast: Cast, vcpus: usize) -> Result<bool, Refus
     };
     tell(row("nothing"), &idle);
     for (case, what) in [("hypercall", measure::HYPERCALL), ("eoi", measure::EOI)] {
-        tell(row(case), &Kind::new(what, 0).measure(&scene, none)?);
+        tell(
+            row(case),
+            &Kind::new(what, 0).of(stage).measure(&scene, none)?,
+        );
     }
     let accesses = if scene.gic_version() == 2 {
         ACCESSES_V2
@@ -193,7 +206,7 @@ fn interrupts(stage: &Stage<'_>, cast: Cast, vcpus: usize) -> Result<bool, Refus
             [("x0", measure::LOAD_X0), ("x25", measure::LOAD_X25)]
         };
         for (register, what) in ways {
-            let found = Kind::new(what, address).measure(&scene, none)?;
+            let found = Kind::new(what, address).of(stage).measure(&scene, none)?;
             tell(
                 row(case).word("access", name).word("register", register),
                 &found,
@@ -202,13 +215,13 @@ fn interrupts(stage: &Stage<'_>, cast: Cast, vcpus: usize) -> Result<bool, Refus
     }
     tell(
         row("ipi_self"),
-        &Kind::new(measure::IPI, 0).measure(&scene, none)?,
+        &Kind::new(measure::IPI, 0).of(stage).measure(&scene, none)?,
     );
     let ticks = arch::counter_hz() / (1_000_000_000 / TIMER_NS);
     for (case, what) in [("timer", measure::TIMER), ("wfi_wake", measure::WAKE)] {
         tell(
             row(case),
-            &Kind::waiting(what, ticks).measure(&scene, none)?,
+            &Kind::waiting(what, ticks).of(stage).measure(&scene, none)?,
         );
     }
     for (case, how) in [
@@ -221,7 +234,7 @@ fn interrupts(stage: &Stage<'_>, cast: Cast, vcpus: usize) -> Result<bool, Refus
         } else {
             Kind::new(measure::IPI, RECEIVER)
         };
-        let found = kind.measure(&scene, none)?;
+        let found = kind.of(stage).measure(&scene, none)?;
         scene.hear_out(1)?;
         tell(row(case), &found);
     }
@@ -240,9 +253,11 @@ fn switches(stage: &Stage<'_>, cast: Cast, others: usize) -> Result<bool, Refusa
         ..cast
     };
     let scene = stage.open(cast)?;
-    let empty = Kind::new(measure::NOTHING, 0).measure(&scene, || Ok(()))?;
+    let empty = Kind::new(measure::NOTHING, 0)
+        .of(stage)
+        .measure(&scene, || Ok(()))?;
     scene.listen(1, Listening::HandingOn)?;
-    let kind = Kind::new(measure::HAND_ON, 0);
+    let kind = Kind::new(measure::HAND_ON, 0).of(stage);
     let before = Counts::now();
     let together = scene.perform_one(0, kind.command(false))?.results[0];
     // A CPU invalidates its own entries when it loads another vCPU of the VM than it held before, and then only.
@@ -278,14 +293,18 @@ fn faults(stage: &Stage<'_>, cast: Cast, vcpus: usize) -> Result<bool, Refusal> 
         ..cast
     };
     let scene = stage.open(cast)?;
-    let pages = (cast.region_bytes / PAGE_BYTES).min(RUNS);
+    let pages = (cast.region_bytes / PAGE_BYTES)
+        .min(RUNS)
+        .min(stage.params.runs);
     let kind = |what| Kind {
         runs: pages,
         ..Kind::new(what, scene.region(0))
     };
     let store = kind(measure::STORE_PAGES);
     scene.perform_one(0, store.command(false))?;
-    let idle = Kind::new(measure::NOTHING, 0).measure(&scene, || Ok(()))?;
+    let idle = Kind::new(measure::NOTHING, 0)
+        .of(stage)
+        .measure(&scene, || Ok(()))?;
     let enabled = scene.stage2().enable_logging(cpu(), scene.data, false);
     enabled.map_err(|error| format!("dirty logging: {error}"))?;
     let written = store.measure(&scene, || clear(&scene).map(drop))?;

@@ -69,10 +69,7 @@ pub fn main(host: &'static Host, arguments: &str, images: Images<'_>) -> Result<
     let enough = host.cpus().saturating_sub(1);
     if let Some(most) = params.vcpus.iter().max()
         && *most > enough
-        && !matches!(
-            params.suite,
-            Suite::None | Suite::Selftest | Suite::Share | Suite::Storm | Suite::Lives
-        )
+        && !params.suites.iter().copied().all(shares_cpus)
     {
         return Err(alloc::format!(
             "{most} vCPUs need {} CPUs, one of them for the controller; this machine has {}",
@@ -91,30 +88,46 @@ pub fn main(host: &'static Host, arguments: &str, images: Images<'_>) -> Result<
         access_flag: params.access_flags(host.services.hardware, host.auto_access_flag())?,
     };
     arch::hint_measured();
-    let good = match params.suite {
-        Suite::None => true,
-        Suite::Dirty => dirty::run(&stage)?,
-        Suite::Verify => verify::run(&stage)?,
-        Suite::Selftest => selftest::run(&stage)?,
-        Suite::Get => get::run(&stage)?,
-        Suite::Starve => starve::run(&stage)?,
-        Suite::Split => split::run(&stage)?,
-        Suite::Churn => churn::run(&stage)?,
-        Suite::Protect => protect::run(&stage)?,
-        Suite::Checkpoint => checkpoint::run(&stage)?,
-        Suite::Epochs => epochs::run(&stage)?,
-        Suite::Age => age::run(&stage)?,
-        Suite::Heat => heat::run(&stage)?,
-        Suite::Ages => ages::run(&stage)?,
-        Suite::Share => share::run(&stage)?,
-        Suite::Moves => moves::run(&stage)?,
-        Suite::Storm => storm::run(&stage)?,
-        Suite::Lives => lives::run(&stage)?,
-        Suite::Exit => exit::run(&stage)?,
-        Suite::Ipi => ipi::run(&stage)?,
-        Suite::Linux => linux::run(&stage)?,
-        Suite::Private => private::run(&stage)?,
-    };
+    let mut good = true;
+    for suite in &params.suites {
+        good &= run(*suite, &stage)?;
+    }
     arch::hint_unmeasured();
     Ok(if good { 0 } else { FAILED })
+}
+
+/// Whether vCPUs need no CPUs of their own in a suite.
+const fn shares_cpus(suite: Suite) -> bool {
+    matches!(
+        suite,
+        Suite::None | Suite::Selftest | Suite::Share | Suite::Storm | Suite::Lives
+    )
+}
+
+/// Runs one suite; false where what it verifies does not hold.
+fn run(suite: Suite, stage: &scene::Stage<'_>) -> Result<bool, Refusal> {
+    match suite {
+        Suite::None => Ok(true),
+        Suite::Dirty => dirty::run(stage),
+        Suite::Verify => verify::run(stage),
+        Suite::Selftest => selftest::run(stage),
+        Suite::Get => get::run(stage),
+        Suite::Starve => starve::run(stage),
+        Suite::Split => split::run(stage),
+        Suite::Churn => churn::run(stage),
+        Suite::Protect => protect::run(stage),
+        Suite::Checkpoint => checkpoint::run(stage),
+        Suite::Epochs => epochs::run(stage),
+        Suite::Age => age::run(stage),
+        Suite::Heat => heat::run(stage),
+        Suite::Ages => ages::run(stage),
+        Suite::Share => share::run(stage),
+        Suite::Moves => moves::run(stage),
+        Suite::Storm => storm::run(stage),
+        Suite::Lives => lives::run(stage),
+        Suite::Exit => exit::run(stage),
+        Suite::Ipi => ipi::run(stage),
+        Suite::Linux => linux::run(stage),
+        Suite::Private => private::run(stage),
+    }
 }

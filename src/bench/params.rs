@@ -83,8 +83,8 @@ pub enum Timing {
 /// Everything a run can be told.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Params {
-    /// What is measured.
-    pub suite: Suite,
+    /// What is measured, one after the other.
+    pub suites: Vec<Suite>,
     /// vCPU counts, each measured on its own.
     pub vcpus: Vec<usize>,
     /// Locking modes, each measured on its own.
@@ -117,6 +117,8 @@ pub struct Params {
     pub slot_mib: Vec<u64>,
     /// Rounds of suites that loop while vCPUs run.
     pub rounds: u64,
+    /// Suite `exit`: how often each kind is done, at most.
+    pub runs: u64,
     /// Suite `share`: what the vCPUs of each VM weigh.
     pub weights: Vec<u32>,
     /// Suite `storm`: how often each vCPU's timer ticks in a second.
@@ -206,7 +208,7 @@ pub struct Pattern {
 impl Default for Params {
     fn default() -> Self {
         Self {
-            suite: Suite::None,
+            suites: Vec::from([Suite::None]),
             vcpus: Vec::from([1]),
             locking: Vec::from([Locking::Lockless]),
             mib: 16,
@@ -223,6 +225,7 @@ impl Default for Params {
             trust_hpfar: false,
             slot_mib: Vec::from([1024]),
             rounds: 16,
+            runs: 4096,
             weights: Vec::from([100, 300]),
             run_ms: 2000,
             tick_hz: 1000,
@@ -349,7 +352,7 @@ impl Params {
 
     fn set(&mut self, key: &str, value: &str) -> Result<(), String> {
         match key {
-            "suite" => self.suite = named(key, value, &SUITES)?,
+            "suite" => self.suites = list(value, |word| named(key, word, &SUITES))?,
             "vcpus" => self.vcpus = list(value, |word| number(key, word, 1, 1024))?,
             "locking" => self.locking = list(value, |word| named(key, word, &LOCKINGS))?,
             "mib" => self.mib = number(key, value, 1, 1 << 20)?,
@@ -365,6 +368,7 @@ impl Params {
             "mitigations" => self.mitigations = named(key, value, &Setting::ALL)?,
             "hpfar" => self.trust_hpfar = named(key, value, &SOURCES)?,
             "slot-mib" => self.slot_mib = list(value, |word| number(key, word, 2, 1 << 24))?,
+            "runs" => self.runs = number(key, value, 8, 4096)?,
             "rounds" => self.rounds = number(key, value, 1, 1 << 20)?,
             "splitting" => self.splitting = list(value, |word| named(key, word, &POLICIES))?,
             "bbm" => self.bbm = list(value, |word| named(key, word, &BBMS))?,
@@ -490,28 +494,19 @@ impl Params {
 impl Receivers {
     /// Their name in results.
     pub fn name(self) -> &'static str {
-        RECEIVERS
-            .iter()
-            .find(|(_, known)| *known == self)
-            .map_or("", |(name, _)| name)
+        name_of(self, &RECEIVERS)
     }
 }
 
 /// The name of a precision, as in arguments and results.
 pub fn precision_name(precision: Precision) -> &'static str {
-    PRECISIONS
-        .iter()
-        .find(|(_, known)| *known == precision)
-        .map_or("", |(name, _)| name)
+    name_of(precision, &PRECISIONS)
 }
 
 impl Timing {
     /// Its name in results.
     pub fn name(self) -> &'static str {
-        TIMINGS
-            .iter()
-            .find(|(_, timing)| *timing == self)
-            .map_or("", |(name, _)| name)
+        name_of(self, &TIMINGS)
     }
 }
 
@@ -529,6 +524,11 @@ pub fn stride_name(bytes: u64) -> String {
         .iter()
         .find(|(_, size, _)| *size == bytes)
         .map_or_else(|| bytes.to_string(), |(name, ..)| (*name).to_string())
+}
+
+fn name_of<T: PartialEq>(value: T, table: &[(&'static str, T)]) -> &'static str {
+    let found = table.iter().find(|(_, known)| *known == value);
+    found.map_or("", |(name, _)| name)
 }
 
 fn named<T: Copy>(key: &str, value: &str, table: &[(&str, T)]) -> Result<T, String> {
@@ -603,8 +603,8 @@ mod tests {
     #[test]
     fn everything_can_be_said() {
         let params = Params::parse(
-            "quiet suite=dirty vcpus=1,2,64 locking=mutex,lockless mib=4 pages=64 iterations=3 write-percent=10 order=random \
-             seed=9 stride=2m backing=1g initially-all-set=1 timing=insn hpfar=trust slot-mib=16384 rounds=5 \
+            "quiet suite=dirty,exit vcpus=1,2,64 locking=mutex,lockless mib=4 pages=64 iterations=3 write-percent=10 order=random \
+             seed=9 stride=2m backing=1g initially-all-set=1 timing=insn hpfar=trust slot-mib=16384 rounds=5 runs=64 \
              splitting=clear,fault-empty bbm=auto,2 bbm-batch=64 chunk=2m pause-us=20 unsafe-bbm=1 seconds=60 \
              engine=swap,auto tracking=fault,dbm epochs=10000 epoch-us=500,2000 access-flag=software precision=imprecise \
              period-us=500 budget=5 passes=3 pattern=1,99 receivers=running guest-mib=96 console=raw boots=4 \
@@ -612,7 +612,7 @@ mod tests {
         )
         .unwrap();
         let expected = Params {
-            suite: Suite::Dirty,
+            suites: vec![Suite::Dirty, Suite::Exit],
             vcpus: vec![1, 2, 64],
             locking: vec![Locking::Mutex, Locking::Lockless],
             mib: 4,
@@ -629,6 +629,7 @@ mod tests {
             trust_hpfar: true,
             slot_mib: vec![16384],
             rounds: 5,
+            runs: 64,
             weights: Vec::from([100, 300]),
             run_ms: 2000,
             tick_hz: 1000,
