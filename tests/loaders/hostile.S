@@ -1,7 +1,8 @@
 // A boot loader with the worst manners that the boot protocol allows: it fills RAM and every EL2 register it may write
 // with garbage, and only then starts the image. What is not set by the image itself shows.
 //
-// The test patches the three words after the header: where the image is, where it ends, and where RAM ends.
+// The test patches the four words after the header: where the image is, where it ends, where the RAM that is filled ends, and
+// where an initial RAM disk begins, which stays as it is.
 
 .macro constant register, value
     movz    \register, #((\value) & 0xffff)
@@ -31,19 +32,23 @@ image_end:
     .quad   0
 ram_end:
     .quad   0
+ram_disk:
+    .quad   -1
 
 begin:
     mov     x19, x0
     ldr     x20, image
     ldr     x21, image_end
     ldr     x22, ram_end
+    ldr     x23, ram_disk
     constant x9, 0xa5a5a5a55a5a5a5a
-    // RAM: below this code, from the image to the tree, and behind the tree.
+    // RAM: below this code, from the image to the tree or the RAM disk before it, and behind the tree.
     adr     x1, start
     and     x0, x1, #~0x3fffffff
     bl      fill
     mov     x0, x21
-    mov     x1, x19
+    cmp     x19, x23
+    csel    x1, x19, x23, lo
     bl      fill
     add     x0, x19, #0x200000
     mov     x1, x22

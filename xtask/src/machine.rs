@@ -61,6 +61,8 @@ pub(crate) enum Firmware {
     UefiAcpi,
     /// UEFI, from a disk, describing the machine by a device tree.
     UefiTree,
+    /// GRUB, which UEFI loads from a disk and which hands the image back to UEFI; ACPI tables.
+    Grub,
     /// On a Raspberry Pi 4: a program that behaves like its own stub.
     PiStub,
     /// On a Raspberry Pi 4: Trusted Firmware, which offers PSCI.
@@ -75,9 +77,12 @@ impl FromStr for Firmware {
             "none" => Ok(Self::None),
             "uefi-acpi" => Ok(Self::UefiAcpi),
             "uefi-tree" => Ok(Self::UefiTree),
+            "grub" => Ok(Self::Grub),
             "pi-stub" => Ok(Self::PiStub),
             "pi-tfa" => Ok(Self::PiTrusted),
-            _ => Err("known firmware: none, uefi-acpi, uefi-tree, pi-stub, pi-tfa".to_owned()),
+            _ => {
+                Err("known firmware: none, uefi-acpi, uefi-tree, grub, pi-stub, pi-tfa".to_owned())
+            }
         }
     }
 }

@@ -28,6 +28,27 @@ pub(crate) fn esp(
     paths::write(&folder.join(UEFI_ARGUMENTS), format!("{arguments}\n"))
 }
 
+/// Where Debian's GRUB looks for what it is to do, and the image beside it.
+const GRUB_COMMANDS: &str = "EFI/debian/grub.cfg";
+const GRUB_IMAGE: &str = "vellum.efi";
+
+/// Makes `folder` the tree of an EFI system partition from which GRUB, `program`, starts the image as UEFI would.
+pub(crate) fn grub(
+    folder: &Path,
+    program: &Path,
+    image: &Path,
+    bundle: Option<&Path>,
+    arguments: &str,
+) -> Result<()> {
+    copy(program, &folder.join(UEFI_PROGRAM))?;
+    copy(image, &folder.join(GRUB_IMAGE))?;
+    if let Some(bundle) = bundle {
+        copy(bundle, &folder.join(UEFI_BUNDLE))?;
+    }
+    let commands = format!("chainloader /{GRUB_IMAGE} {arguments}\nboot\n");
+    paths::write(&folder.join(GRUB_COMMANDS), commands)
+}
+
 /// The image on a Raspberry Pi's SD card, as the board's `config.txt` names it, and what stands beside it.
 const SD_IMAGE: &str = "vellum.img";
 const SD_ARGUMENTS: &str = "cmdline.txt";

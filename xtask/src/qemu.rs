@@ -179,7 +179,7 @@ impl Qemu {
                 }
                 None
             }
-            Firmware::UefiAcpi | Firmware::UefiTree => {
+            Firmware::UefiAcpi | Firmware::UefiTree | Firmware::Grub => {
                 Some(boot_from_volume(&mut command, launch)?)
             }
             Firmware::PiStub => Some(self.boot_from_address_0(&mut command, launch, false)?),
@@ -234,8 +234,21 @@ impl Qemu {
 /// Adds UEFI and a disk that it finds the image on.
 fn boot_from_volume(command: &mut Command, launch: &Launch<'_>) -> Result<Scratch> {
     let folder = Scratch::new();
-    media::esp(&folder.0, launch.image, launch.bundle, launch.append)?;
+    if launch.machine.firmware == Firmware::Grub {
+        let program = firmware::grub()?;
+        media::grub(
+            &folder.0,
+            &program,
+            launch.image,
+            launch.bundle,
+            launch.append,
+        )?;
+    } else {
+        media::esp(&folder.0, launch.image, launch.bundle, launch.append)?;
+    }
     command.arg("-bios").arg(firmware::uefi()?);
+    // Without a menu it would wait for a key for seconds; with one it waits for as long as it is told.
+    command.args(["-boot", "menu=on,splash-time=0"]);
     let mut disk = OsString::from("format=raw,if=virtio,file=fat:rw:");
     disk.push(&folder.0);
     command.arg("-drive").arg(disk);
@@ -243,10 +256,11 @@ fn boot_from_volume(command: &mut Command, launch: &Launch<'_>) -> Result<Scratc
 }
 
 /// A folder that does not outlive its owner.
-struct Scratch(PathBuf);
+pub(crate) struct Scratch(pub(crate) PathBuf);
 
 impl Scratch {
-    fn new() -> Self {
+    /// Its path; who uses it makes it.
+    pub(crate) fn new() -> Self {
         static RUNS: AtomicUsize = AtomicUsize::new(0);
         let run = RUNS.fetch_add(1, Ordering::Relaxed);
         Self(paths::target(&format!("runs/{}-{run}", std::process::id())))

@@ -62,7 +62,7 @@ pub(crate) struct Args {
     #[arg(long)]
     no_el2: bool,
     /// What starts the image: none (QEMU itself), uefi-acpi, uefi-tree (UEFI from a disk, with ACPI tables or a device tree),
-    /// pi-stub, pi-tfa (what a Raspberry Pi 4 has at address 0)
+    /// grub (GRUB under UEFI, with ACPI tables), pi-stub, pi-tfa (what a Raspberry Pi 4 has at address 0)
     /// [default: as the board boots]
     #[arg(long, value_name = "NAME")]
     firmware: Option<Firmware>,

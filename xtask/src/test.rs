@@ -9,7 +9,6 @@ mod checks;
 mod emulated;
 mod epochs;
 mod exits;
-mod firmware;
 mod host;
 mod hostile;
 mod linux;
@@ -17,6 +16,7 @@ mod parallel;
 mod scheduling;
 mod soak;
 mod splitting;
+mod ways;
 
 use std::process::ExitCode;
 
@@ -34,6 +34,9 @@ pub(crate) struct Args {
     /// Full sizes under QEMU; cases that passed are not run again for the same image (target/soak)
     #[arg(long)]
     soak: bool,
+    /// Every QEMU case that QEMU itself would start, behind a boot loader that leaves garbage everywhere
+    #[arg(long)]
+    hostile: bool,
     /// Only the QEMU cases whose name contains this
     #[arg(
         long,
@@ -83,12 +86,12 @@ impl Tally {
 /// Runs what was asked for, everything by default.
 pub(crate) fn main(args: &Args) -> Result<ExitCode> {
     let mut tally = Tally::default();
-    let emulated_only = args.qemu || args.soak || !args.only.is_empty();
+    let emulated_only = args.qemu || args.soak || args.hostile || !args.only.is_empty();
     if args.host || !emulated_only {
         tally.add(host::run()?);
     }
     if emulated_only || !args.host {
-        tally.add(emulated::run(args.soak, &args.only)?);
+        tally.add(emulated::run(args.soak, args.hostile, &args.only)?);
     }
     for failure in &tally.failures {
         println!("failed: {failure}");

@@ -1,5 +1,5 @@
 //! Firmware for emulated machines as Debian builds it, fetched once into `target/firmware`: EDK2 for QEMU's `virt` board,
-//! Trusted Firmware for the Raspberry Pi 4.
+//! Trusted Firmware for the Raspberry Pi 4; and GRUB, as a program for UEFI.
 
 use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
@@ -12,6 +12,7 @@ use crate::paths;
 const RELEASE: &str = "bookworm";
 const PACKAGE: &str = "qemu-efi-aarch64";
 const TRUSTED_PACKAGE: &str = "arm-trusted-firmware";
+const GRUB_PACKAGE: &str = "grub-efi-arm64-bin";
 
 /// The flash image, fetched first if it is not there.
 pub(crate) fn uefi() -> Result<PathBuf> {
@@ -28,6 +29,16 @@ pub(crate) fn trusted() -> Result<PathBuf> {
     fetched("rpi4-bl31.bin", TRUSTED_PACKAGE, "*/rpi4/bl31.bin", |it| {
         it.len() > 4096
     })
+}
+
+/// GRUB with all its modules in one program, fetched first if it is not there.
+pub(crate) fn grub() -> Result<PathBuf> {
+    fetched(
+        "grubaa64.efi",
+        GRUB_PACKAGE,
+        "*/arm64-efi/monolithic/grubaa64.efi",
+        |it| it.starts_with(b"MZ"),
+    )
 }
 
 /// One file of a package, fetched once however many cases want it at the same time.

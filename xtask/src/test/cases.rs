@@ -18,6 +18,8 @@ pub(super) struct Case {
     pub(super) alone: bool,
     /// The debug build of the image.
     pub(super) debug: bool,
+    /// Whether the image's hash is printed beside its result.
+    pub(super) hashed: bool,
 }
 
 /// One boot.
@@ -81,7 +83,7 @@ pub(super) fn all(board: &Board, soak: bool) -> Vec<Case> {
         table.aging(),
         table.linux(),
         table.exits(),
-        table.firmware(),
+        table.ways(),
         table.hostile(),
         table.scheduling(),
         table.parallel(),
@@ -135,6 +137,7 @@ impl Table<'_> {
             seconds: self.seconds,
             alone: false,
             debug: false,
+            hashed: false,
         }
     }
 

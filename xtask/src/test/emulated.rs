@@ -41,8 +41,8 @@ struct Ledger {
     record: Option<Record>,
 }
 
-/// Runs the cases whose name contains `only`.
-pub(super) fn run(soak: bool, only: &str) -> Result<Tally> {
+/// Runs the cases whose name contains `only`, those that can be behind the hostile boot loader if that is asked for.
+pub(super) fn run(soak: bool, hostile: bool, only: &str) -> Result<Tally> {
     let board = Board::qemu_virt()?;
     let bench = Bench {
         qemu: setup::qemu(&setup::Choice::default())?,
@@ -58,10 +58,11 @@ pub(super) fn run(soak: bool, only: &str) -> Result<Tally> {
             .is_some_and(|record| record.knows(&case.name))
     };
     let wanted = |case: &Case| case.name.contains(only) && !known(case);
-    let wanted: Vec<Case> = cases::all(&board, soak)
-        .into_iter()
-        .filter(wanted)
-        .collect();
+    let mut cases = cases::all(&board, soak);
+    if hostile {
+        cases = cases.into_iter().filter_map(hostile::behind).collect();
+    }
+    let wanted: Vec<Case> = cases.into_iter().filter(wanted).collect();
     println!("{} cases under QEMU {}", wanted.len(), bench.qemu.version());
     let (alone, together): (Vec<Case>, Vec<Case>) = wanted.into_iter().partition(|case| case.alone);
     let ledger = Mutex::new(Ledger {
@@ -137,7 +138,12 @@ impl Bench {
                 judged.map_err(|why| anyhow!("{why}"))
             }
             Expect::Refusal(words) => runs.iter().try_for_each(|run| refused(run, words)),
+        }?;
+        if case.hashed {
+            let hash = image::sha256(&self.release.flat)?;
+            println!("image   {}: sha256 {hash}", case.name);
         }
+        Ok(())
     }
 
     fn boot(&self, case: &Case, boot: &Boot) -> Result<Transcript> {
@@ -154,14 +160,14 @@ impl Bench {
         };
         let hostile = boot
             .hostile
-            .then(|| hostile::files(image, machine.memory_mib))
+            .then(|| hostile::files(image, machine.memory_mib, bundle.is_some()))
             .transpose()?;
         let launch = Launch {
             machine: &machine,
-            image: hostile.as_ref().map_or(&image.flat, |[loader, _]| loader),
+            image: hostile.as_ref().map_or(&image.flat, |it| &it.loader),
             placed: hostile
                 .as_ref()
-                .map(|[_, spoiled]| (spoiled.as_path(), hostile::PLACE)),
+                .map(|it| (it.spoiled.as_path(), hostile::PLACE)),
             bundle: bundle.as_deref(),
             append: &boot.append,
             limit,

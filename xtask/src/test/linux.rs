@@ -2,7 +2,9 @@
 
 use super::cases::{Boot, Case, Expect, Table};
 use super::checks::{Verdict, each, same, value};
+use crate::board::Board;
 use crate::linux::Series;
+use crate::machine::{Firmware, Machine};
 use crate::uart::Transcript;
 
 /// CPU model, GIC version, and the engines and trackers that are shown beneath Linux there; under soak all that the model has.
@@ -68,8 +70,43 @@ impl Table<'_> {
                 }
             }
         }
+        cases.extend(self.other_boards());
         cases.extend(self.bad_guests());
         cases
+    }
+
+    /// The other boards' machines, as they start.
+    fn other_boards(&self) -> Vec<Case> {
+        let place = Place {
+            model: "neoverse-n1",
+            gic: 3,
+            series: Series::V6_12,
+        };
+        let mut under_uefi = self.boot(
+            "Linux finds a machine under UEFI with ACPI tables".to_owned(),
+            place,
+            "guest-mib=128 boots=1",
+            "vellum.work=0",
+            Expect::Good(every_boot_is_content),
+        );
+        let mut on_pi = Case {
+            name: "Linux finds a machine on a Raspberry Pi 4".to_owned(),
+            ..under_uefi.clone()
+        };
+        for boot in &mut under_uefi.boots {
+            boot.machine.firmware = Firmware::UefiAcpi;
+        }
+        let Ok(board) = Board::load("rpi4") else {
+            return vec![under_uefi];
+        };
+        for boot in &mut on_pi.boots {
+            boot.machine = Machine::of(&board);
+            let vcpus = boot.machine.cpus.saturating_sub(1);
+            boot.append = boot
+                .append
+                .replace(&format!("vcpus={VCPUS}"), &format!("vcpus={vcpus}"));
+        }
+        vec![under_uefi, on_pi]
     }
 
     /// Boots that follow one another, each with its checks; the last ends by switching off.

@@ -1,0 +1,122 @@
+//! Every way into the image: whatever starts the same file, its guest finds a machine, and the benchmarks `dirty`, `split` and
+//! `exit` measure in a quick form.
+
+use super::cases::{Case, Expect, Table};
+use super::checks::Verdict;
+use crate::board::Board;
+use crate::machine::{Firmware, Machine};
+use crate::uart::Transcript;
+
+/// What each way in runs, in one boot.
+const SUITES: [&str; 4] = ["selftest", "dirty", "split", "exit"];
+const QUICK: &str = "vcpus=1,3 mib=2 iterations=1 runs=64";
+/// Values of a row that must be 0 where there are such.
+const ZERO: [&str; 3] = ["failed_mask", "pages_lost", "lost"];
+
+/// CPU model, GIC version, number of CPUs, and whether they are in two NUMA nodes.
+type Shape = (&'static str, u32, u32, bool);
+const VIRT: [(&str, Firmware, Shape); 6] = [
+    (
+        "virt with GICv2",
+        Firmware::None,
+        ("cortex-a72", 2, 4, false),
+    ),
+    ("virt with GICv3", Firmware::None, ("max", 3, 4, false)),
+    (
+        "UEFI with ACPI tables",
+        Firmware::UefiAcpi,
+        ("neoverse-n1", 3, 4, false),
+    ),
+    (
+        "UEFI with a device tree",
+        Firmware::UefiTree,
+        ("cortex-a72", 2, 4, false),
+    ),
+    (
+        "GRUB's chainloader",
+        Firmware::Grub,
+        ("neoverse-n1", 3, 4, false),
+    ),
+    (
+        "UEFI with ACPI tables and 16 CPUs in two NUMA nodes",
+        Firmware::UefiAcpi,
+        ("neoverse-n1", 3, 16, true),
+    ),
+];
+const PI: [(&str, Firmware); 3] = [
+    ("a Raspberry Pi 4", Firmware::None),
+    ("a stub like the Raspberry Pi's", Firmware::PiStub),
+    ("Trusted Firmware on a Raspberry Pi 4", Firmware::PiTrusted),
+];
+
+impl Table<'_> {
+    /// One case for each way in.
+    pub(super) fn ways(&self) -> Vec<Case> {
+        let mut ways: Vec<(&str, Machine)> = VIRT
+            .map(|(name, firmware, (cpu, gic, cpus, numa))| {
+                let machine = self.machine(|machine| {
+                    (machine.cpu, machine.gic, machine.cpus) = (cpu.into(), gic, cpus);
+                    (machine.numa, machine.firmware) = (numa, firmware);
+                });
+                (name, machine)
+            })
+            .into();
+        if let Ok(board) = Board::load("rpi4") {
+            ways.extend(PI.map(|(name, firmware)| {
+                let mut machine = Machine::of(&board);
+                machine.firmware = firmware;
+                (name, machine)
+            }));
+        }
+        let case = |(name, machine): (&str, Machine)| {
+            let name = format!("one image, by way of {name}");
+            let words = format!("suite={} {QUICK}", SUITES.join(","));
+            let mut case = self.case(name, machine, words, Expect::Good(everything_is_measured));
+            case.hashed = true;
+            case
+        };
+        ways.into_iter().map(case).collect()
+    }
+}
+
+/// Each suite measured, the guest is content, and nothing was lost.
+fn everything_is_measured(runs: &[Transcript]) -> Verdict {
+    for run in runs {
+        let silent = |suite: &&&str| run.rows.iter().all(|row| row.suite != **suite);
+        if let Some(suite) = SUITES.iter().find(silent) {
+            return Err(format!("suite {suite} did not measure"));
+        }
+        for (row, key) in run.rows.iter().flat_map(|row| ZERO.map(|key| (row, key))) {
+            let found = row.values.get(key).and_then(serde_json::Value::as_f64);
+            if found.is_some_and(|found| found != 0.0) {
+                return Err(format!("{} {}: {key} is not 0", row.suite, row.case));
+            }
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{SUITES, ZERO, everything_is_measured};
+    use crate::uart::{Transcript, parse};
+
+    fn run(suites: &[&str], key: &str, value: u32) -> Transcript {
+        let mut run = Transcript::default();
+        for suite in suites {
+            run.add(parse(&format!(
+                r#"{{"vellum":"row","suite":"{suite}","case":"x","params":{{}},"timing":"wall","values":{{"{key}":{value}}}}}"#
+            )));
+        }
+        run
+    }
+
+    #[test]
+    fn a_suite_that_did_not_run_or_lost_something_is_noticed() {
+        for key in ZERO {
+            assert!(everything_is_measured(&[run(&SUITES, key, 0)]).is_ok());
+            assert!(everything_is_measured(&[run(&SUITES, key, 1)]).is_err());
+        }
+        assert!(everything_is_measured(&[run(&SUITES[..3], "lost", 0)]).is_err());
+    }
+}
