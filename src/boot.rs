@@ -20,9 +20,9 @@ use vellum::arch::features::{Features, cpu_name};
 use vellum::arch::mitigations::Mitigations;
 use vellum::dev::gic::Gic;
 use vellum::dev::machine::{self, Machine, Uart};
-use vellum::dev::pl011::Pl011;
 use vellum::dev::power;
 use vellum::dev::psci;
+use vellum::dev::serial::Serial;
 use vellum::dev::tree::{self, Tree};
 use vellum::mem::frames;
 use vellum::mmu::{Format, Hardware, Permissions, Services, TlbFeatures, VmidAllocator, vmid};
@@ -43,6 +43,7 @@ extern "C" fn boot_cpu_main(tree: u64) -> ! {
     let uart = start_console(&tree);
     let mut machine =
         Machine::new(&tree).unwrap_or_else(|error| panic::refuse(format_args!("{error}")));
+    machine.console = uart;
     cpus::boot_cpu_first(&mut machine);
     let memory = memory::take_over(&machine, at, uart);
     let shared = cpus::Shared {
@@ -122,12 +123,13 @@ fn start_console(tree: &Tree<'_>) -> Option<Uart> {
             unsafe { power::set_manager(manager) };
         }
     }
-    let uart = machine::console(tree)?;
-    // SAFETY: the tree says that a UART is there, and devices of a machine do not share 2 MiB with its RAM.
-    unsafe { arch::boot::map_early_device(uart.base) }.then_some(())?;
-    // SAFETY: it is mapped now, and by the final map, and this is its only driver.
-    console::start(unsafe { Pl011::new(uart.base, uart.full) });
-    Some(uart)
+    machine::consoles(tree).find(|uart| {
+        // SAFETY: the tree says that a UART is there, and devices of a machine do not share 2 MiB with its RAM.
+        let mapped = unsafe { arch::boot::map_early_device(uart.base) };
+        // SAFETY: it is mapped then, and by the final map, and this is its only driver.
+        let serial = mapped.then(|| unsafe { Serial::new(*uart) }).flatten();
+        serial.map(console::start).is_some()
+    })
 }
 
 fn take_interrupt_controller(machine: &Machine) -> Gic {

@@ -13,7 +13,7 @@ use log::{LevelFilter, Log, Metadata, Record};
 use spin::Mutex;
 
 use crate::arch;
-use crate::dev::pl011::Pl011;
+use crate::dev::serial::Serial;
 use crate::sync::percpu;
 
 /// Begins a line of the hypervisor's on a console that a guest shares: the ASCII record separator.
@@ -27,7 +27,7 @@ static CONSOLE: Mutex<Port> = Mutex::new(Port {
 
 /// The UART and what was last sent to it.
 struct Port {
-    uart: Option<Pl011>,
+    uart: Option<Serial>,
     /// A guest writes to it, too.
     shared: bool,
     /// The guest's last byte did not end a line.
@@ -37,7 +37,7 @@ struct Port {
 struct Console;
 
 /// Sends all output to `uart` from here on.
-pub fn start(uart: Pl011) {
+pub fn start(uart: Serial) {
     CONSOLE.lock().uart = Some(uart);
     let level = if cfg!(debug_assertions) {
         LevelFilter::Debug

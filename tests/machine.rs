@@ -1,7 +1,7 @@
 //! Device trees of machines that exist, of machines that cannot be used, and of no machine at all.
 
 use vellum::addr::Pa;
-use vellum::dev::machine::{self, CpuInfo, Error, Gic, Machine, Uart};
+use vellum::dev::machine::{self, CpuInfo, Error, Gic, Machine, Uart, UartKind};
 use vellum::dev::psci::Conduit;
 use vellum::dev::tree::{self, Tree};
 use vm_fdt::{FdtReserveEntry, FdtWriter, FdtWriterNode};
@@ -192,11 +192,11 @@ fn a_virt_board_is_understood() {
         (25, 27, 26)
     );
     assert_eq!(
-        machine::console(&tree),
+        machine::consoles(&tree).next(),
         Some(Uart {
             base: Pa::new(0x0900_0000),
             intid: Some(33),
-            full: true
+            kind: UartKind::Pl011
         })
     );
 }
@@ -328,6 +328,10 @@ fn machines_that_cannot_be_used_are_refused() {
 /// A board whose devices sit behind a bus that moves addresses, whose root sizes have one cell, and whose console is an
 /// alias.
 fn board_behind_a_bus() -> Vec<u8> {
+    board_with_console("serial0:115200n8")
+}
+
+fn board_with_console(stdout_path: &str) -> Vec<u8> {
     let mut fdt = FdtWriter::new().unwrap();
     node(&mut fdt, "", |fdt| {
         fdt.property_string("compatible", "raspberrypi,4-model-b")
@@ -336,11 +340,12 @@ fn board_behind_a_bus() -> Vec<u8> {
         fdt.property_u32("#size-cells", 1).unwrap();
         node(fdt, "aliases", |fdt| {
             fdt.property_string("serial0", "/soc/serial@7e201000")
+                .unwrap();
+            fdt.property_string("serial1", "/soc/serial@7e215040")
                 .unwrap()
         });
         node(fdt, "chosen", |fdt| {
-            fdt.property_string("stdout-path", "serial0:115200n8")
-                .unwrap()
+            fdt.property_string("stdout-path", stdout_path).unwrap()
         });
         node(fdt, "cpus", |fdt| {
             fdt.property_u32("#address-cells", 1).unwrap();
@@ -398,6 +403,11 @@ fn board_behind_a_bus() -> Vec<u8> {
                 fdt.property_array_u32("reg", &[0x7e20_1000, 0x200])
                     .unwrap();
             });
+            node(fdt, "serial@7e215040", |fdt| {
+                fdt.property_string("compatible", "brcm,bcm2835-aux-uart")
+                    .unwrap();
+                fdt.property_array_u32("reg", &[0x7e21_5040, 0x40]).unwrap();
+            });
             node(fdt, "elsewhere@0", |fdt| {
                 fdt.property_string("compatible", "test,elsewhere").unwrap();
                 fdt.property_array_u32("reg", &[0x7f80_0000, 0x1000, 0x7f7f_f000, 0x1000])
@@ -412,13 +422,13 @@ fn board_behind_a_bus() -> Vec<u8> {
 fn addresses_are_translated_through_buses() {
     let bytes = board_behind_a_bus();
     let tree = Tree::new(&bytes).unwrap();
-    let uart = machine::console(&tree).unwrap();
+    let uart = machine::consoles(&tree).next().unwrap();
     assert_eq!(
         uart,
         Uart {
             base: Pa::new(0xfe20_1000),
             intid: None,
-            full: true
+            kind: UartKind::Pl011
         }
     );
     let elsewhere = tree.compatible(&["test,elsewhere"]).unwrap();
@@ -427,6 +437,26 @@ fn addresses_are_translated_through_buses() {
         [(Pa::new(0xff7f_f000), 0x1000)],
         "what no range covers is unreachable"
     );
+}
+
+#[test]
+fn the_console_is_the_chosen_one_and_another_where_that_cannot_be_used() {
+    let first = (Pa::new(0xfe20_1000), UartKind::Pl011);
+    let second = (Pa::new(0xfe21_5040), UartKind::Mini);
+    for (path, wanted) in [
+        ("serial0:115200n8", [first, first, second]),
+        ("serial1:115200n8", [second, first, second]),
+    ] {
+        let bytes = board_with_console(path);
+        let tree = Tree::new(&bytes).unwrap();
+        let found: Vec<_> = machine::consoles(&tree)
+            .map(|it| (it.base, it.kind))
+            .collect();
+        assert_eq!(found, wanted, "{path}");
+    }
+    let bytes = board_with_console("serial9");
+    let found = machine::consoles(&Tree::new(&bytes).unwrap()).count();
+    assert_eq!(found, 2, "what is chosen does not exist");
 }
 
 #[test]
@@ -479,7 +509,7 @@ fn erased_properties_are_skipped() {
 fn digest(bytes: &[u8]) {
     tree::total_bytes(bytes);
     if let Ok(tree) = Tree::new(bytes) {
-        machine::console(&tree);
+        machine::consoles(&tree).for_each(drop);
         machine::conduit(&tree);
         if let Err(error) = Machine::new(&tree) {
             assert!(!error.to_string().is_empty());

@@ -229,14 +229,7 @@ fn interrupt_controller(fdt: &mut FdtWriter, platform: &Platform) -> Result<(), 
 
 fn console(fdt: &mut FdtWriter, uart: &Uart) -> Result<(), Error> {
     let node = fdt.begin_node("serial")?;
-    fdt.property_string(
-        "compatible",
-        if uart.full {
-            "arm,pl011"
-        } else {
-            "arm,sbsa-uart"
-        },
-    )?;
+    fdt.property_string("compatible", uart.kind.compatible())?;
     fdt.property_array_u64("reg", &[uart.base.raw(), 0x1000])?;
     if let Some(intid) = uart.intid {
         fdt.property_array_u32("interrupts", &interrupt(intid))?;

@@ -44,8 +44,33 @@ pub struct Uart {
     pub base: Pa,
     /// Its interrupt, when it has one.
     pub intid: Option<u32>,
-    /// A PL011 rather than its SBSA subset.
-    pub full: bool,
+    /// How it is driven.
+    pub kind: UartKind,
+}
+
+/// Kinds of UARTs.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum UartKind {
+    /// A PL011.
+    Pl011,
+    /// The part of it that SBSA asks for.
+    Sbsa,
+    /// The second UART of a BCM2711, usable if firmware has turned it on.
+    Mini,
+}
+
+impl UartKind {
+    /// In the order in which they are tried when nothing is chosen.
+    const ALL: [Self; 3] = [Self::Pl011, Self::Sbsa, Self::Mini];
+
+    /// What device trees call it.
+    pub const fn compatible(self) -> &'static str {
+        match self {
+            Self::Pl011 => "arm,pl011",
+            Self::Sbsa => "arm,sbsa-uart",
+            Self::Mini => "brcm,bcm2835-aux-uart",
+        }
+    }
 }
 
 /// The interrupt controller.
@@ -105,7 +130,7 @@ pub struct Machine {
     pub bootargs: String,
     /// The initial RAM disk, to the byte.
     pub initrd: Option<Range<Pa>>,
-    /// The console.
+    /// The console: the first that can be, until boot knows which one is.
     pub console: Option<Uart>,
     /// The power manager of a machine without PSCI.
     pub power: Option<Pa>,
@@ -150,10 +175,9 @@ impl fmt::Display for Error {
     }
 }
 
-/// The console that the tree chooses, or else the first there is. Found separately, so that everything else can be
-/// complained about.
-pub fn console(tree: &Tree<'_>) -> Option<Uart> {
-    const KINDS: [&str; 2] = ["arm,pl011", "arm,sbsa-uart"];
+/// Usable consoles: the one that the tree chooses, then the first of each kind. Found separately, so that everything else
+/// can be complained about.
+pub fn consoles(tree: &Tree<'_>) -> impl Iterator<Item = Uart> {
     let chosen = tree
         .at("/chosen")
         .and_then(|it| it.string("stdout-path"))
@@ -165,15 +189,15 @@ pub fn console(tree: &Tree<'_>) -> Option<Uart> {
                 tree.at(tree.at("/aliases")?.string(path)?)
             }
         });
-    let node = chosen
-        .filter(|it| it.is_compatible(&KINDS))
-        .or_else(|| tree.compatible(&KINDS))?;
-    let (base, _) = node.regions().into_iter().next()?;
-    let intid = node.interrupts().first().copied();
-    Some(Uart {
-        base,
-        intid,
-        full: node.is_compatible(&KINDS[..1]),
+    let others = UartKind::ALL
+        .into_iter()
+        .filter_map(|kind| tree.compatible(&[kind.compatible()]));
+    chosen.into_iter().chain(others).filter_map(|node| {
+        let known = |kind: &UartKind| node.is_compatible(&[kind.compatible()]);
+        let kind = UartKind::ALL.into_iter().find(known)?;
+        let &(base, _) = node.regions().first()?;
+        let intid = node.interrupts().first().copied();
+        Some(Uart { base, intid, kind })
     })
 }
 
@@ -235,7 +259,7 @@ impl Machine {
                 .unwrap_or_default()
                 .into(),
             initrd,
-            console: console(tree),
+            console: consoles(tree).next(),
             power: power_manager(tree),
         })
     }

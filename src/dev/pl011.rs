@@ -2,8 +2,6 @@
 //!
 //! Only what the SBSA subset has too is used, so `arm,sbsa-uart` works as well. Baud rate and format are firmware's.
 
-use core::fmt;
-
 use super::mmio::Registers;
 use crate::addr::Pa;
 
@@ -46,14 +44,10 @@ impl Pl011 {
         Self { registers }
     }
 
-    fn send(&self, byte: u8) {
-        while self.registers.read(FLAGS) & TRANSMIT_FULL != 0 {}
-        self.registers.write(DATA, byte.into());
-    }
-
     /// Sends `byte` as it is.
     pub fn send_raw(&self, byte: u8) {
-        self.send(byte);
+        while self.registers.read(FLAGS) & TRANSMIT_FULL != 0 {}
+        self.registers.write(DATA, byte.into());
     }
 
     /// The next byte that was received.
@@ -72,17 +66,5 @@ impl Pl011 {
     /// Waits until everything has left the UART.
     pub fn flush(&self) {
         while self.registers.read(FLAGS) & BUSY != 0 {}
-    }
-}
-
-impl fmt::Write for Pl011 {
-    fn write_str(&mut self, text: &str) -> fmt::Result {
-        for byte in text.bytes() {
-            if byte == b'\n' {
-                self.send(b'\r');
-            }
-            self.send(byte);
-        }
-        Ok(())
     }
 }

@@ -154,7 +154,7 @@ pub fn argument_lines(file: &[u8]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{Error, Pa, argument_lines, boot_arguments, described_memory, free_memory};
+    use super::{Error, Pa, Range, argument_lines, boot_arguments, described_memory, free_memory};
     use std::vec::Vec;
 
     fn map(rows: &[(u32, u64, u64, u64)], descriptor_bytes: usize) -> Vec<u8> {
@@ -215,6 +215,62 @@ mod tests {
             let rows = [(7, 0x1000, 1, 8), bad];
             assert_eq!(free_memory(&map(&rows, 48), 48), Err(Error { offset: 48 }));
         }
+    }
+
+    #[test]
+    fn no_map_is_bad_enough_to_panic_and_what_is_free_was_described() {
+        let mut seed = 0x2545_f491_4f6c_dd1d_u64;
+        let mut next = |below: u64| {
+            seed ^= seed << 13;
+            seed ^= seed >> 7;
+            seed ^= seed << 17;
+            seed % below
+        };
+        let (mut refused, mut understood) = (0, 0);
+        for _ in 0..20_000 {
+            let rows: Vec<_> = (0..next(12))
+                .map(|_| {
+                    let kind = u32::try_from(next(18)).unwrap();
+                    (kind, next(64) << 12, next(64), next(16))
+                })
+                .collect();
+            let stride = [40, 48, 64][usize::try_from(next(3)).unwrap()];
+            let mut bytes = map(&rows, stride);
+            for _ in 0..next(4) {
+                let at = usize::try_from(next(bytes.len() as u64 + 1)).unwrap();
+                match (next(3), bytes.get_mut(at)) {
+                    (0, _) => bytes.truncate(at),
+                    (1, Some(byte)) => *byte = 0xff,
+                    (_, Some(byte)) => *byte = u8::try_from(next(256)).unwrap(),
+                    (_, None) => {}
+                }
+            }
+            let asked = [stride, stride, stride, 0, 1, 39, usize::MAX];
+            let asked = asked[usize::try_from(next(7)).unwrap()];
+            match (free_memory(&bytes, asked), described_memory(&bytes, asked)) {
+                (Ok(free), Ok(described)) => {
+                    understood += 1;
+                    assert!(free.iter().all(|it| it.start < it.end));
+                    assert!(free.windows(2).all(|it| it[0].end < it[1].start));
+                    let inside = |it: &Range<Pa>| {
+                        let around =
+                            |other: &Range<Pa>| other.start <= it.start && it.end <= other.end;
+                        described.iter().any(around)
+                    };
+                    assert!(free.iter().all(inside), "{free:?} in {described:?}");
+                }
+                (Err(one), Err(other)) => {
+                    refused += 1;
+                    assert_eq!(one, other);
+                    assert!(one.offset <= bytes.len());
+                }
+                (free, described) => panic!("{free:?}, but {described:?}"),
+            }
+        }
+        assert!(
+            refused > 1000 && understood > 1000,
+            "{refused}, {understood}"
+        );
     }
 
     #[test]

@@ -45,9 +45,15 @@ impl FromStr for Series {
     }
 }
 
-/// The device tree of a Raspberry Pi 4, as it is built with the newest kernel.
-pub(crate) fn pi4_tree() -> Result<PathBuf> {
-    packages::ready(Series::V6_12).map(|files| files.pi4_tree)
+/// The device tree of a Raspberry Pi 4: as it is built with the newest kernel, its console the mini-UART; or with the PL011
+/// as console, as the board's `config.txt` has it.
+pub(crate) fn pi4_tree(mini_uart: bool) -> Result<PathBuf> {
+    let files = packages::ready(Series::V6_12)?;
+    Ok(if mini_uart {
+        files.pi4_tree
+    } else {
+        files.pi4_tree_pl011
+    })
 }
 
 /// The bundle of `series`, made when its parts have changed.

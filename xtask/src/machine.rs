@@ -105,6 +105,8 @@ pub(crate) struct Machine {
     pub(crate) firmware: Firmware,
     /// RAM and CPUs in two NUMA nodes, half of both in each.
     pub(crate) numa: bool,
+    /// The console is the second UART: on a Raspberry Pi 4, the mini-UART.
+    pub(crate) second_uart: bool,
 }
 
 impl Machine {
@@ -128,6 +130,7 @@ impl Machine {
                 Media::Image | Media::Sd => Firmware::None,
             },
             numa: false,
+            second_uart: false,
         }
     }
 

@@ -131,7 +131,8 @@ impl Qemu {
         let tree = folder.0.join("tree.dtb");
         let mut dump = Command::new(&self.program);
         dump.args(launch.machine.dump_device_tree(&tree));
-        dump.arg("-dtb").arg(linux::pi4_tree()?);
+        dump.arg("-dtb")
+            .arg(linux::pi4_tree(launch.machine.second_uart)?);
         dump.arg("-kernel").arg(launch.image);
         process::output(dump.arg("-append").arg(launch.append))?;
         load(command, &stub, 0);
@@ -160,9 +161,11 @@ impl Qemu {
             "none",
             "-monitor",
             "none",
-            "-serial",
-            "stdio",
         ]);
+        if launch.machine.second_uart {
+            command.args(["-serial", "null"]);
+        }
+        command.args(["-serial", "stdio"]);
         // The folder lives as long as the run.
         let volume = match launch.machine.firmware {
             Firmware::None => {
@@ -172,7 +175,9 @@ impl Qemu {
                     .arg("-append")
                     .arg(launch.append);
                 if launch.machine.model == Model::Raspi4b {
-                    command.arg("-dtb").arg(linux::pi4_tree()?);
+                    command
+                        .arg("-dtb")
+                        .arg(linux::pi4_tree(launch.machine.second_uart)?);
                 }
                 if let Some(bundle) = launch.bundle {
                     command.arg("-initrd").arg(bundle);

@@ -5,7 +5,7 @@ use alloc::vec::Vec;
 use super::raw::Table;
 use super::{Error, Why};
 use crate::addr::Pa;
-use crate::dev::machine::Uart;
+use crate::dev::machine::{Uart, UartKind};
 use crate::dev::psci::Conduit;
 
 /// Interface types of SPCR and subtypes of DBG2's serial ports: a PL011, and its subset (two numbers).
@@ -107,7 +107,7 @@ fn uart(kind: u16, space: u8, base: u64, intid: Option<u32>) -> Option<Uart> {
     usable.then_some(Uart {
         base: Pa::new(base),
         intid,
-        full: false,
+        kind: UartKind::Sbsa,
     })
 }
 

@@ -176,7 +176,7 @@ fn uart_path() -> String {
 mod tests {
     use super::{Description, draw};
     use crate::addr::{Ipa, Pa};
-    use crate::dev::machine::{Error, Gic, Machine, console};
+    use crate::dev::machine::{Error, Gic, Machine, UartKind, consoles};
     use crate::dev::psci::Conduit;
     use crate::dev::tree::Tree;
 
@@ -206,9 +206,9 @@ mod tests {
             assert_eq!(machine.interrupts.virtual_timer, 27);
             assert_eq!(machine.interrupts.physical_timer, 30);
             assert!(matches!(machine.gic, Gic::V3 { .. }));
-            let uart = console(&tree).unwrap();
+            let uart = consoles(&tree).next().unwrap();
             assert_eq!((uart.base, uart.intid), (Pa::new(0x900_0000), Some(33)));
-            assert!(uart.full);
+            assert_eq!(uart.kind, UartKind::Pl011);
         }
     }
 

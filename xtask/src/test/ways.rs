@@ -2,7 +2,7 @@
 //! `exit` measure in a quick form.
 
 use super::cases::{Case, Expect, Table};
-use super::checks::Verdict;
+use super::checks::{self, Verdict};
 use crate::board::Board;
 use crate::machine::{Firmware, Machine};
 use crate::uart::Transcript;
@@ -68,14 +68,32 @@ impl Table<'_> {
                 (name, machine)
             }));
         }
-        let case = |(name, machine): (&str, Machine)| {
-            let name = format!("one image, by way of {name}");
-            let words = format!("suite={} {QUICK}", SUITES.join(","));
-            let mut case = self.case(name, machine, words, Expect::Good(everything_is_measured));
-            case.hashed = true;
-            case
-        };
-        ways.into_iter().map(case).collect()
+        let mut cases: Vec<Case> = ways.into_iter().map(|way| self.way(way)).collect();
+        cases.extend(self.mini_uart());
+        cases
+    }
+
+    /// A Raspberry Pi 4 whose device tree has the mini-UART as console.
+    fn mini_uart(&self) -> Option<Case> {
+        let mut machine = Machine::of(&Board::load("rpi4").ok()?);
+        machine.second_uart = true;
+        let name = "a Raspberry Pi 4 speaks through its mini-UART";
+        let expect = Expect::Good(checks::guest_is_content);
+        Some(self.case(name, machine, "suite=selftest vcpus=3", expect))
+    }
+
+    fn way(&self, (name, machine): (&str, Machine)) -> Case {
+        let words = format!("suite={} {QUICK}", SUITES.join(","));
+        let expect = Expect::Good(everything_is_measured);
+        Case {
+            hashed: true,
+            ..self.case(
+                format!("one image, by way of {name}"),
+                machine,
+                words,
+                expect,
+            )
+        }
     }
 }
 
