@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use vellum::addr::Pa;
 use vellum::dev::acpi::{Error, Memory, Platform, Why};
 use vellum::dev::handover::{self, Boot, Description};
-use vellum::dev::machine::{Gic, Machine, Uart};
+use vellum::dev::machine::{Gic, Machine, Uart, UartKind};
 use vellum::dev::psci::Conduit;
 use vellum::dev::tree::Tree;
 
@@ -234,7 +234,7 @@ fn the_emulated_board_is_understood_with_either_interrupt_controller() {
         let uart = Uart {
             base: Pa::new(0x0900_0000),
             intid: Some(33),
-            full: false,
+            kind: UartKind::Sbsa,
         };
         assert_eq!(machine.console, Some(uart));
         assert_eq!(machine.gic, platform.gic);
@@ -282,7 +282,7 @@ fn an_altra_is_understood_without_any_cpu_at_affinity_0_first() {
     let uart = Uart {
         base: Pa::new(0x1000_0260_0000),
         intid: Some(98),
-        full: false,
+        kind: UartKind::Sbsa,
     };
     assert_eq!(machine.console, Some(uart));
     let gic = Gic::V3 {
@@ -290,6 +290,58 @@ fn an_altra_is_understood_without_any_cpu_at_affinity_0_first() {
         redistributors: vec![Pa::new(0x1001_0014_0000)..Pa::new(0x1001_0114_0000)],
     };
     assert_eq!(machine.gic, gic);
+}
+
+/// The emulated board's MADT with other processors: a GICC entry for each `(bytes, flags, affinity)`, the rest as it was.
+fn with_processors(entries: &[(u8, u32, u64)]) -> Result<Platform, Error> {
+    let (rsdp, mut tables) = virt(3);
+    let madt = tables.table(b"APIC");
+    let mut body = madt[36..44].to_vec();
+    for (number, &(bytes, flags, affinity)) in (0u32..).zip(entries) {
+        let start = body.len();
+        fields!(body, 0xbu8, bytes, 0u16, number, number, flags, 0u32, 23u32);
+        fields!(body, 0u64, 0u64, 0u64, 0u64, 25u32, 0u64, affinity);
+        body.resize(start + usize::from(bytes), 0);
+    }
+    let mut at = 44;
+    while at < madt.len() {
+        let end = at + usize::from(madt[at + 1]);
+        if madt[at] != 0xb {
+            body.extend(&madt[at..end]);
+        }
+        at = end;
+    }
+    *madt = table(b"APIC", madt[8], ALTRA, &body);
+    read(&(rsdp, tables))
+}
+
+#[test]
+fn processors_are_those_that_can_be_started_however_long_their_entries_are() {
+    const ENABLED: u32 = 1;
+    const ONLINE_CAPABLE: u32 = 1 << 3;
+    // ACPI 5.1; 6.0, which adds the profiling interrupt; 6.3, which adds the trace buffer's; one that is not written yet.
+    for bytes in [76, 80, 82, 96] {
+        let entries = [
+            (bytes, 0, 0x0000),
+            (bytes, ENABLED, 0x1_0100),
+            (bytes, ONLINE_CAPABLE, 0x1_0000),
+            (bytes, ENABLED | 1 << 1 | 1 << 2, 0x1_0002_0000),
+        ];
+        let platform = with_processors(&entries).unwrap();
+        let found: Vec<_> = platform.cpus.iter().map(|it| (it.uid, it.mpidr)).collect();
+        let wanted = [(1, 0x1_0100), (2, 0x1_0000), (3, 0x1_0002_0000)];
+        assert_eq!(found, wanted, "{bytes} bytes");
+        assert_eq!(machine(&platform).cpus.len(), 3);
+    }
+}
+
+#[test]
+fn processors_without_an_affinity_or_that_are_all_off_are_refused() {
+    // ACPI 5.0 knew no affinities.
+    let short = with_processors(&[(76, 1, 0), (40, 1, 0)]).unwrap_err();
+    assert_eq!((&short.table, short.why), (b"APIC", Why::Length));
+    let off = with_processors(&[(80, 0, 0), (82, 0, 0x100)]).unwrap_err();
+    assert_eq!((&off.table, off.why), (b"APIC", Why::NoCpus));
 }
 
 #[test]

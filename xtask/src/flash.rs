@@ -97,7 +97,8 @@ fn copy(from: &Path, to: &Path) -> Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-fn missing<'a>(board: &'a Board, to: &Path) -> Vec<&'a str> {
+/// Files of the board's maker that the volume does not have.
+pub(crate) fn missing<'a>(board: &'a Board, to: &Path) -> Vec<&'a str> {
     let absent = |it: &&String| !to.join(it.as_str()).exists();
     let add = board.boot.add.iter().filter(absent);
     add.map(String::as_str).collect()

@@ -62,12 +62,23 @@ pub(crate) fn tree(
     arguments: &str,
 ) -> Result<PathBuf> {
     let folder = paths::target("boards").join(&board.name);
+    tree_in(&folder, board, image, bundle, arguments)?;
+    Ok(folder)
+}
+
+fn tree_in(
+    folder: &Path,
+    board: &Board,
+    image: &Path,
+    bundle: Option<&Path>,
+    arguments: &str,
+) -> Result<()> {
     if folder.exists() {
-        fs::remove_dir_all(&folder).with_context(|| folder.display().to_string())?;
+        fs::remove_dir_all(folder).with_context(|| folder.display().to_string())?;
     }
     match board.boot.media {
         Media::Image => copy(image, &folder.join("vellum.img"))?,
-        Media::Esp => esp(&folder, image, bundle, arguments)?,
+        Media::Esp => esp(folder, image, bundle, arguments)?,
         Media::Sd => {
             copy(image, &folder.join(SD_IMAGE))?;
             paths::write(&folder.join(SD_ARGUMENTS), format!("{arguments}\n"))?;
@@ -87,7 +98,7 @@ pub(crate) fn tree(
         }
         paths::write(&folder.join(template), text)?;
     }
-    Ok(folder)
+    Ok(())
 }
 
 /// Every file below `folder`, as paths from there, sorted.
@@ -117,8 +128,74 @@ fn copy(from: &Path, to: &Path) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::esp;
+    use super::{esp, files, tree_in};
+    use crate::board::Board;
+    use crate::flash::missing;
     use std::fs;
+
+    #[test]
+    fn every_board_gets_what_it_boots_from() {
+        let base = std::env::temp_dir().join(format!("vellum-boards-{}", std::process::id()));
+        fs::create_dir_all(&base).expect("made");
+        let (image, bundle) = (base.join("image"), base.join("bundle"));
+        fs::write(&image, "MZ").expect("written");
+        fs::write(&bundle, "070701").expect("written");
+        let expected: [(&str, &[&str]); 4] = [
+            (
+                "ampere-altra",
+                &[
+                    "EFI/BOOT/BOOTAA64.EFI",
+                    "vellum/bundle.cpio",
+                    "vellum/cmdline.txt",
+                ],
+            ),
+            ("qemu-virt", &["vellum.img"]),
+            (
+                "qemu-virt-uefi",
+                &[
+                    "EFI/BOOT/BOOTAA64.EFI",
+                    "vellum/bundle.cpio",
+                    "vellum/cmdline.txt",
+                ],
+            ),
+            (
+                "rpi4",
+                &["bundle.cpio", "cmdline.txt", "config.txt", "vellum.img"],
+            ),
+        ];
+        let boards = Board::all().expect("read");
+        let names: Vec<&str> = boards.iter().map(|it| it.name.as_str()).collect();
+        assert_eq!(names, expected.map(|(name, _)| name));
+        for (board, (name, wanted)) in boards.iter().zip(expected) {
+            let folder = base.join(name);
+            // Twice: what was there before is replaced.
+            for arguments in ["suite=exit", board.boot.arguments.as_str()] {
+                tree_in(&folder, board, &image, Some(&bundle), arguments).expect("made");
+            }
+            let found = files(&folder).expect("listed");
+            let found: Vec<_> = found.iter().map(|it| it.display().to_string()).collect();
+            assert_eq!(found, wanted, "{name}");
+            let hold = |text: &str| {
+                let holds = |file: &String| {
+                    fs::read(folder.join(file)).is_ok_and(|it| it == text.as_bytes())
+                };
+                found.iter().filter(|file| holds(file)).count()
+            };
+            assert_eq!(hold("MZ"), 1, "{name}: one image");
+            let told = usize::from(name != "qemu-virt");
+            assert_eq!(hold(&format!("{}\n", board.boot.arguments)), told, "{name}");
+            assert_eq!(missing(board, &folder).len(), board.boot.add.len());
+        }
+        let config = fs::read_to_string(base.join("rpi4/config.txt")).expect("read");
+        for line in [
+            "arm_64bit=1",
+            "kernel=vellum.img",
+            "initramfs bundle.cpio followkernel",
+        ] {
+            assert!(config.lines().any(|it| it == line), "{line}");
+        }
+        fs::remove_dir_all(&base).expect("removed");
+    }
 
     #[test]
     fn an_efi_partition_has_the_image_where_firmware_looks() {
