@@ -54,7 +54,10 @@ begin:
     mov     x1, x22
     bl      fill
 
-    spoil   vbar_el2
+    // A register that this CPU does not have is passed over.
+    adr     x10, vectors
+    msr     vbar_el2, x10
+    isb
     spoil   ttbr0_el2
     spoil   tcr_el2
     spoil   mair_el2
@@ -69,8 +72,6 @@ begin:
     spoil   vpidr_el2
     spoil   vmpidr_el2
     spoil   tpidr_el2
-    spoil   elr_el2
-    spoil   esr_el2
     spoil   far_el2
     spoil   hpfar_el2
     spoil   afsr0_el2
@@ -114,6 +115,10 @@ begin:
     orr     x10, x10, #0x8000000
     msr     hcr_el2, x10
     isb
+    spoil   vbar_el2
+    spoil   elr_el2
+    spoil   esr_el2
+    spoil   spsr_el2
     mov     x0, x19
     mov     sp, x9
     mov     x1, x9
@@ -130,3 +135,18 @@ fill:
     stp     x9, x9, [x0], #16
     b       fill
 1:  ret
+
+// Goes on behind the instruction that was undefined.
+.macro pass_over
+    .balign 0x80
+    mrs     x11, elr_el2
+    add     x11, x11, #4
+    msr     elr_el2, x11
+    eret
+.endm
+
+.balign 0x800
+vectors:
+    pass_over                           // on SP_EL0, synchronous
+    .balign 0x200
+    pass_over                           // on SP_EL2, synchronous
