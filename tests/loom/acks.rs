@@ -8,8 +8,8 @@ use vellum::sync::acks::Acks;
 use vellum::sync::published::Published;
 use vellum::sync::quiescence::{CpuId, Domain};
 
-use crate::check;
 use crate::hardware::GUEST_CPU;
+use crate::{check, check_within};
 
 const OLD: u64 = 1;
 const NEW: u64 = 2;
@@ -82,7 +82,7 @@ impl World {
 
 /// `run` is what the guest's CPU does while another calls.
 fn against_call(runs: bool, run: fn(&World)) {
-    check(move || {
+    check_within(2, move || {
         let world = World::new(runs);
         let guest = {
             let world = Arc::clone(&world);

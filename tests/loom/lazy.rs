@@ -14,10 +14,10 @@ use vellum::mmu::tlb::OpenDebts;
 use vellum::sync::published::{Published, Retired};
 use vellum::sync::quiescence::{CpuId, Domain};
 
-use crate::check;
 use crate::hardware::{
     Cache, GUEST_CPU, PAGE, bitmap, is_recorded, make_writable, page_slot, protect, take,
 };
+use crate::{check, check_within};
 
 const TABLE: Descriptor = Descriptor::table(Pa::new(0x1000));
 const OTHER_CPU: usize = 0;
@@ -351,7 +351,7 @@ fn good_push_down_by_a_fault_against_that_by_the_harvest() {
 
 /// A clear has taken the page's bit when the call comes, so the push-down does not know the page for a writable one.
 fn clear_against_call(unreached: Unreached) {
-    check(move || {
+    check_within(2, move || {
         let world = World::new(TABLE, 0, true);
         let clearer = {
             let world = Arc::clone(&world);

@@ -4,7 +4,7 @@
 //! Each rule of `mmu/protocol.md` that orders two CPUs has a `good_*` test of the shipped order and a `bad_*` one of the
 //! order that loses a write, reads freed memory or shares a number, which the checker must find: it panics.
 //!
-//! Loom explores executions with at most three preemptions (`LOOM_MAX_PREEMPTIONS` overrides).
+//! Loom explores executions with at most three preemptions, two where three take a minute (`LOOM_MAX_PREEMPTIONS` overrides).
 #![cfg(loom)]
 
 mod acks;
