@@ -14,16 +14,17 @@ use spin::Mutex;
 
 use crate::arch;
 use crate::dev::serial::Serial;
+use crate::sync::padded::Padded;
 use crate::sync::percpu;
 
 /// Begins a line of the hypervisor's on a console that a guest shares: the ASCII record separator.
 pub const RECORD: u8 = 0x1e;
 
-static CONSOLE: Mutex<Port> = Mutex::new(Port {
+static CONSOLE: Padded<Mutex<Port>> = Padded::new(Mutex::new(Port {
     uart: None,
     shared: false,
     mid_line: false,
-});
+}));
 
 /// The UART and what was last sent to it.
 struct Port {

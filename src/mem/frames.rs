@@ -9,13 +9,15 @@ use spin::Mutex;
 
 use super::TableFrames;
 use crate::addr::{PAGE_BYTES, PAGE_SHIFT, Pa, to_usize};
+use crate::sync::padded::Padded;
 
 /// Blocks of up to 2^32 pages.
 const ORDERS: usize = 33;
 
-static FRAMES: Mutex<FrameAllocator<ORDERS>> = Mutex::new(FrameAllocator::new());
+static FRAMES: Padded<Mutex<FrameAllocator<ORDERS>>> =
+    Padded::new(Mutex::new(FrameAllocator::new()));
 /// Those that nobody owns; behind the truth for a moment.
-static FREE_PAGES: AtomicUsize = AtomicUsize::new(0);
+static FREE_PAGES: Padded<AtomicUsize> = Padded::new(AtomicUsize::new(0));
 
 /// A piece of contiguous memory, made of whole pages.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]

@@ -32,8 +32,9 @@ unsafe impl Sync for First {}
 
 static FIRST: First = First(UnsafeCell::new([0; FIRST_BYTES]));
 
-/// The global allocator.
+/// The global allocator, on lines of its own: it is written by every allocation.
 #[derive(Debug)]
+#[repr(align(128))]
 pub struct Heap {
     buddies: Mutex<Buddies<ORDERS>>,
 }

@@ -1,4 +1,4 @@
-//! What CPUs share and how: per-CPU data, grace periods, acknowledgements, published snapshots, and a mutex that loom can see.
+//! What CPUs share and how: per-CPU data, grace periods, acknowledgements, published snapshots, lines of one's own, and a mutex that loom can see.
 //!
 //! # Lock order
 //!
@@ -16,6 +16,7 @@
 
 pub mod acks;
 pub mod mutex;
+pub mod padded;
 pub mod percpu;
 pub mod published;
 pub mod quiescence;
