@@ -236,8 +236,9 @@ fn introduce(
     );
     let at_exits = introduce_mitigations(machine, features, natures);
     console::line(format_args!(
-        r#"{{"vellum":"machine","board":"{}","cpu":"{cpu}","cpus":{cpus},"memory_mib":{mib},"gic":{gic},"at_exits":"{at_exits}","features":[{names}]}}"#,
-        console::Escaped(&machine.board)
+        r#"{{"vellum":"machine","board":"{}","cpu":"{cpu}","cpus":{cpus},"memory_mib":{mib},"gic":{gic},"image_base":{},"at_exits":"{at_exits}","features":[{names}]}}"#,
+        console::Escaped(&machine.board),
+        arch::image_base()
     ));
 }
 

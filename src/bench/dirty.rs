@@ -6,6 +6,7 @@
 use alloc::vec::Vec;
 
 use crate::addr::PAGE_BYTES;
+use crate::arch;
 use crate::guest::abi::{flags, op};
 use crate::mmu::PageSet;
 use crate::vm::Command;
@@ -53,7 +54,10 @@ pub(super) fn run(stage: &Stage<'_>) -> Result<bool, Refusal> {
 
 fn case(stage: &Stage<'_>, cast: Cast) -> Result<bool, Refusal> {
     let params = stage.params;
+    // Nobody asks how long setting up and clearing away takes: a clock need not be exact then.
+    arch::hint_unmeasured();
     let scene = stage.open(cast)?;
+    arch::hint_measured();
     let (populated, populate_ns) = timed(|| scene.perform(|vcpu| populate(params, &scene, vcpu)));
     populated?;
     let failed = |error| alloc::format!("dirty logging: {error}");
@@ -70,6 +74,7 @@ fn case(stage: &Stage<'_>, cast: Cast) -> Result<bool, Refusal> {
     let (disabled, disable_ns) = timed(|| scene.stage2().disable_logging(cpu(), scene.data));
     disabled.map_err(failed)?;
     let last = scene.perform(|vcpu| pass(params, &scene, vcpu, params.iterations + 1, 0))?;
+    arch::hint_unmeasured();
     scene.perform(|vcpu| Command {
         op: op::REPORT,
         args: [
@@ -99,9 +104,12 @@ fn iterate(params: &Params, scene: &Scene, number: u64) -> Result<Iteration, Ref
     // Under `insn` measuring would be part of what is measured.
     measure_exits(params.timing != Timing::Insn);
     let before = Counts::now();
+    arch::hint_forget_lines();
     let (outcomes, dirty_ns) =
         timed(|| scene.perform(|vcpu| pass(params, scene, vcpu, number, flags::LOG)));
     let outcomes = outcomes?;
+    // One section for each row, in their order.
+    arch::hint_tell_lines();
     let counts: Vec<_> = before.since().chain(exit_times()).collect();
     measure_exits(false);
     // The first iteration of `initially_all_set` does not fault, so there is no difference to take.

@@ -1,8 +1,7 @@
 //! What to run, from the boot arguments: `key=value` words, every one of them checked before anything is launched.
 
-use alloc::format;
 use alloc::string::{String, ToString};
-use alloc::vec::Vec;
+use alloc::{format, vec::Vec};
 use core::str::FromStr;
 
 use crate::arch::mitigations::Setting;
@@ -56,6 +55,8 @@ pub enum Suite {
     Linux,
     /// What vCPUs do by themselves, beside others.
     Private,
+    /// What moves between CPUs: one word, leaves and words of the bitmap, and what a harvest costs those who write.
+    Lines,
 }
 
 /// Which of several ways is used.
@@ -262,7 +263,7 @@ const SIZES: [(&str, u64, Level); 3] = [
     ("2m", 2 << 20, Level::L2),
     ("1g", 1 << 30, Level::L1),
 ];
-const SUITES: [(&str, Suite); 22] = [
+const SUITES: [(&str, Suite); 23] = [
     ("none", Suite::None),
     ("dirty", Suite::Dirty),
     ("verify", Suite::Verify),
@@ -285,6 +286,7 @@ const SUITES: [(&str, Suite); 22] = [
     ("lives", Suite::Lives),
     ("linux", Suite::Linux),
     ("private", Suite::Private),
+    ("lines", Suite::Lines),
 ];
 const TIMINGS: [(&str, Timing); 4] = [
     ("insn", Timing::Insn),
@@ -467,9 +469,7 @@ impl Params {
         }
         Ok(trackers)
     }
-}
 
-impl Params {
     /// Who sets access flags, on a machine with `found` that is trusted with `auto`.
     ///
     /// # Errors

@@ -47,6 +47,8 @@ pub mod op {
     /// part that is stored to and x4 the part that is loaded from, each first page << 32 | pages, going on at the region's
     /// start where it ends. Rounds done are counted in [`super::Area::rounds`]. Result: rounds.
     pub const ROUNDS: u64 = 12;
+    /// Add one to the word at x1, x2 times.
+    pub const ADD: u64 = 18;
     /// Every vCPU: the interrupt storm. x1 SGIs to send, x2 nonzero if each waits for the one before, x3 period of the timer in
     /// ticks, x4 seed. Results: SGIs handled, bit mask of what failed.
     pub const STORM: u64 = 17;

@@ -12,6 +12,7 @@ mod fault;
 mod get;
 mod heat;
 mod ipi;
+mod moving;
 mod options;
 mod protect;
 mod rows;
@@ -25,15 +26,17 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde_json::Value;
 
 use crate::board::Board;
 use crate::image::{self, Image, Profile};
+use crate::lines;
 use crate::machine::{Machine, Timing};
 use crate::paths;
 use crate::plot::{self, Panel};
 use crate::qemu::{Launch, Qemu};
 use crate::setup;
-use crate::uart::{Line, Record, Transcript};
+use crate::uart::{Line, Measured, Record, Transcript};
 pub(crate) use options::Options;
 pub(crate) use rows::Row;
 
@@ -45,7 +48,7 @@ pub(crate) struct Args {
     /// faults and eagerly, at break-before-make levels 2 and 0, and what vCPUs notice of it; protect: protecting all memory at
     /// once, over engines and amounts of memory; checkpoint: how much slower a guest is while epoch after epoch is harvested; age: marking
     /// memory idle, and what it costs those who use it; heat: which memory is hot, beside what the guest is known to do; exit: what exits of each kind cost, beside KVM's; ipi: the kernel's IPI
-    /// benchmark
+    /// benchmark; lines: what moves between CPUs, by the parallel clock
     #[arg(default_value = "dirty", value_name = "SUITE")]
     suites: Vec<Suite>,
     #[command(flatten)]
@@ -58,9 +61,9 @@ pub(crate) struct Args {
     /// Build with debug assertions and the record of shared lines; times mean little then
     #[arg(long)]
     debug: bool,
-    /// Kill a run after this many seconds
-    #[arg(long, default_value_t = 540, value_name = "N")]
-    seconds: u64,
+    /// Kill a run after this many seconds [default: 540; under timing parallel 1800]
+    #[arg(long, value_name = "N")]
+    seconds: Option<u64>,
 }
 
 /// Stands for the emulator's version where there was no emulator.
@@ -80,6 +83,7 @@ pub(crate) enum Suite {
     Heat,
     Exit,
     Ipi,
+    Lines,
 }
 
 /// One boot.
@@ -91,7 +95,7 @@ pub(crate) struct Job {
 }
 
 impl Suite {
-    const ALL: [Self; 11] = [
+    const ALL: [Self; 12] = [
         Self::Dirty,
         Self::Fault,
         Self::Get,
@@ -103,6 +107,7 @@ impl Suite {
         Self::Heat,
         Self::Exit,
         Self::Ipi,
+        Self::Lines,
     ];
 
     fn name(self) -> &'static str {
@@ -118,6 +123,7 @@ impl Suite {
             Self::Heat => "heat",
             Self::Exit => "exit",
             Self::Ipi => "ipi",
+            Self::Lines => "lines",
         }
     }
 
@@ -134,6 +140,7 @@ impl Suite {
             Self::Heat => heat::jobs(options, board),
             Self::Exit => exit::jobs(options, board),
             Self::Ipi => ipi::jobs(options, board),
+            Self::Lines => moving::jobs(options, board),
         }
     }
 
@@ -150,6 +157,7 @@ impl Suite {
             Self::Heat => heat::report(rows),
             Self::Exit => exit::report(rows),
             Self::Ipi => ipi::report(rows),
+            Self::Lines => moving::report(rows),
         }
     }
 
@@ -166,6 +174,7 @@ impl Suite {
             Self::Heat => return heat::panels(rows),
             Self::Exit => exit::charts(rows),
             Self::Ipi => ipi::charts(rows),
+            Self::Lines => moving::charts(rows),
         };
         charts.into_iter().map(Panel::Lines).collect()
     }
@@ -186,7 +195,11 @@ impl std::str::FromStr for Suite {
 /// Measures the suites in the order given.
 pub(crate) fn main(args: &Args) -> Result<ExitCode> {
     let board = Board::qemu_virt()?;
-    args.options.clock.accept(&args.options.timing())?;
+    let mut timing = args.options.timing();
+    if args.suites.contains(&Suite::Lines) {
+        timing.push(Timing::Parallel);
+    }
+    args.options.clock.accept(&timing)?;
     let mut plans = Vec::new();
     for &suite in &args.suites {
         plans.push((suite, suite.jobs(&args.options, &board)?));
@@ -198,16 +211,16 @@ pub(crate) fn main(args: &Args) -> Result<ExitCode> {
     let quiet = args.json.as_deref() == Some("-");
     let mut all = Vec::new();
     for (suite, jobs) in plans {
-        let rows = measure(
+        let (rows, sharing) = measure(
             suite,
             &jobs,
             &qemu,
             (&image, &hash),
-            Duration::from_secs(args.seconds),
+            args.seconds.map(Duration::from_secs),
         )?;
         let written = publish(suite, &rows)?;
         if !quiet {
-            print!("{}", suite.report(&rows));
+            print!("{}{sharing}", suite.report(&rows));
             println!("\nimage: {} sha256 {hash}", short(&image.flat));
             println!("written: {written}");
         }
@@ -266,15 +279,17 @@ fn short(path: &Path) -> String {
         .to_string()
 }
 
-/// Runs every job of a suite with an image, whose hash is given, and gives each row its machine.
+/// Runs every job of a suite with an image, whose hash is given, and gives each row its machine. Who shared what comes back in
+/// words, if that was asked for.
 fn measure(
     suite: Suite,
     jobs: &[Job],
     qemu: &Qemu,
     (image, hash): (&Image, &str),
-    limit: Duration,
-) -> Result<Vec<Row>> {
+    limit: Option<Duration>,
+) -> Result<(Vec<Row>, String)> {
     let mut rows = Vec::new();
+    let mut sharing = String::new();
     for (index, job) in jobs.iter().enumerate() {
         let title = format!(
             "{} {}/{}: {}",
@@ -284,6 +299,7 @@ fn measure(
             job.title
         );
         let progress = Progress::new(title);
+        let limit = limit.unwrap_or(patience(job.machine.timing));
         let launch = Launch {
             machine: &job.machine,
             image: &image.flat,
@@ -304,6 +320,9 @@ fn measure(
         if run.rows.is_empty() {
             bail!("{}: the run measured nothing", job.title);
         }
+        if job.machine.clock.lines {
+            sharing += &tables(&run, image)?;
+        }
         let mut machine = run.machine.clone();
         machine.insert("image_sha256".into(), hash.into());
         rows.extend(run.rows.into_iter().map(|mut row| {
@@ -320,7 +339,50 @@ fn measure(
             )
         }));
     }
-    Ok(rows)
+    Ok((rows, sharing))
+}
+
+/// How long a run may take unless said otherwise.
+fn patience(timing: Timing) -> Duration {
+    Duration::from_secs(match timing {
+        // Every CPU's work is done in turn.
+        Timing::Parallel => 1800,
+        Timing::Insn | Timing::Wall => 540,
+    })
+}
+
+/// Who took which lines, for each row that has a section and for what is in none.
+pub(crate) fn tables(run: &Transcript, image: &Image) -> Result<String> {
+    let base = run.machine.get("image_base").and_then(|it| it.as_u64());
+    let base = base.context("the image does not say where it is")?;
+    let files = lines::Files::of(image)?;
+    let names = lines::Symbols::of(&files, base)?;
+    let mut text = String::new();
+    for section in &run.sharing {
+        let number = section.number.and_then(|it| usize::try_from(it).ok());
+        let row = number.and_then(|number| run.rows.get(number));
+        let faults = row.and_then(|row| {
+            let kinds = ["faults_permission", "faults_translation"];
+            kinds
+                .iter()
+                .find_map(|kind| row.values.get(*kind)?.as_f64())
+        });
+        let words = |row: &Measured| {
+            let params = ["vcpus", "locking", "layout"].map(|key| row.params.get(key));
+            let params = params.into_iter().flatten().map(Value::to_string);
+            format!("{} {}", row.case, params.collect::<Vec<_>>().join(" "))
+        };
+        text += &format!(
+            "\nlines taken from other CPUs, {}: {} moved and {} upgraded, of which {} and {} among vCPUs in their operations\n",
+            row.map_or_else(|| "otherwise".to_owned(), words),
+            section.transfers,
+            section.upgrades,
+            section.among,
+            section.upgrades_among
+        );
+        text += &lines::report(section, &names, faults);
+    }
+    Ok(text)
 }
 
 /// A bar on a terminal, plain lines elsewhere; on standard error in both cases.

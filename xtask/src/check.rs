@@ -102,7 +102,7 @@ fn tools() -> Result<Vec<Outcome>> {
         command
             .args(words)
             .args(["--package", "vellum", "--target", TARGET])
-            .env("VELLUM_GUEST", &guest);
+            .env("VELLUM_GUEST", &guest.flat);
         command
     };
     let on_host = |words: &[&str]| {

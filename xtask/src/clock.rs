@@ -29,6 +29,9 @@ pub(crate) struct Pace {
     /// with each [default: 0]
     #[arg(long, value_delimiter = ',', value_name = "INSNS,..", value_parser = clap::value_parser!(u32).range(0..=100_000))]
     pub(crate) line_cost: Vec<u32>,
+    /// Under timing parallel: tell which lines CPUs take from each other, by the code that takes them and the data in them
+    #[arg(long)]
+    pub(crate) lines: bool,
 }
 
 impl Pace {
@@ -37,6 +40,7 @@ impl Pace {
         let given = [
             (self.quantum.is_some(), "--quantum"),
             (!self.line_cost.is_empty(), "--line-cost"),
+            (self.lines, "--lines"),
         ];
         for (_, name) in given.into_iter().filter(|(given, _)| *given) {
             if !timings.contains(&Timing::Parallel) {
@@ -51,6 +55,7 @@ impl Pace {
         Settings {
             quantum: self.quantum.unwrap_or(QUANTUM),
             line_cost: self.line_cost.first().copied().unwrap_or(0),
+            lines: self.lines,
         }
     }
 }
@@ -60,6 +65,8 @@ impl Pace {
 pub(crate) struct Settings {
     pub(crate) quantum: u32,
     pub(crate) line_cost: u32,
+    /// Who takes lines where is told.
+    pub(crate) lines: bool,
 }
 
 impl Default for Settings {
@@ -82,10 +89,11 @@ pub(crate) fn attach(command: &mut Command, qemu: &Qemu, settings: &Settings) ->
     command.env("LD_PRELOAD", &library);
     command.env("PARALLEL_CLOCK_API", interface(qemu.number()).to_string());
     command.arg("-plugin").arg(format!(
-        "{},quantum={},line-cost={}",
+        "{},quantum={},line-cost={},sites={}",
         library.display(),
         settings.quantum,
-        settings.line_cost
+        settings.line_cost,
+        u8::from(settings.lines)
     ));
     Ok(())
 }
@@ -107,9 +115,22 @@ fn library() -> Result<PathBuf> {
     if let Some(library) = built.as_ref() {
         return Ok(library.clone());
     }
-    let output = process::cargo()
+    let mut command = process::cargo();
+    command
         .args(["build", "--release", "--package", "parallel-clock"])
-        .arg("--message-format=json-render-diagnostics")
+        .arg("--message-format=json-render-diagnostics");
+    let found = compile(&mut command)?;
+    // A copy: QEMU may still run with it when it is built anew.
+    let name = found.file_name().context("the library has no name")?;
+    let copy = paths::target("clock").join(name);
+    paths::write(&copy, std::fs::read(&found)?)?;
+    *built = Some(copy.clone());
+    Ok(copy)
+}
+
+/// Runs cargo and returns the library that it made.
+fn compile(command: &mut Command) -> Result<PathBuf> {
+    let output = command
         .stderr(Stdio::piped())
         .output()
         .context("cannot start cargo")?;
@@ -118,14 +139,8 @@ fn library() -> Result<PathBuf> {
         let error = said.lines().find(|line| line.starts_with("error"));
         bail!("{}", error.unwrap_or("cargo does not say why"));
     }
-    let found = file(&String::from_utf8_lossy(&output.stdout))
-        .context("cargo does not say where the library is")?;
-    // A copy: QEMU may still run with it when it is built anew.
-    let name = found.file_name().context("the library has no name")?;
-    let copy = paths::target("clock").join(name);
-    paths::write(&copy, std::fs::read(&found)?)?;
-    *built = Some(copy.clone());
-    Ok(copy)
+    file(&String::from_utf8_lossy(&output.stdout))
+        .context("cargo does not say where the library is")
 }
 
 /// The library among cargo's messages.
@@ -167,10 +182,11 @@ pub(crate) fn judge(said: &str) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Pace, Settings, file, interface, judge};
+    use super::{Pace, Settings, compile, file, interface, judge};
     use crate::machine::Timing;
     use crate::qemu::Version;
     use std::path::PathBuf;
+    use std::process::Command;
 
     #[test]
     fn a_run_fails_unless_the_clock_says_that_it_went_well() {
@@ -197,11 +213,11 @@ mod tests {
     fn the_quantum_goes_with_the_parallel_clock_only() {
         let options = Pace {
             quantum: Some(500),
-            line_cost: vec![],
+            ..Pace::default()
         };
         let settings = Settings {
             quantum: 500,
-            line_cost: 0,
+            ..Settings::default()
         };
         assert_eq!(options.settings(), settings);
         assert!(options.accept(&[Timing::Wall, Timing::Parallel]).is_ok());
@@ -209,11 +225,36 @@ mod tests {
         assert!(error.to_string().contains("--timing parallel"), "{error}");
         assert!(Pace::default().accept(&[Timing::Insn]).is_ok());
         let costly = Pace {
-            quantum: None,
             line_cost: vec![0, 150],
+            ..Pace::default()
         };
         let error = costly.accept(&[Timing::Wall]).expect_err("no such clock");
         assert!(error.to_string().contains("--line-cost"), "{error}");
+        let curious = Pace {
+            lines: true,
+            ..Pace::default()
+        };
+        let error = curious.accept(&[Timing::Insn]).expect_err("no such clock");
+        assert!(error.to_string().contains("--lines"), "{error}");
+    }
+
+    #[test]
+    fn without_a_compiler_it_is_said_what_is_missing() {
+        let error = compile(&mut Command::new("/nowhere/cargo")).expect_err("there is none");
+        assert!(error.to_string().contains("cannot start cargo"), "{error}");
+        let fails = |script: &str| {
+            let mut shell = Command::new("sh");
+            compile(shell.args(["-c", script]))
+                .expect_err("it fails")
+                .to_string()
+        };
+        let words = "error: linker `cc` not found";
+        assert_eq!(
+            fails(&format!("echo Compiling >&2; echo '{words}' >&2; exit 101")),
+            words
+        );
+        assert_eq!(fails("exit 101"), "cargo does not say why");
+        assert_eq!(fails("true"), "cargo does not say where the library is");
     }
 
     #[test]

@@ -75,6 +75,17 @@ pub(crate) struct Image {
     pub(crate) flat: PathBuf,
     /// The same with symbols, for a debugger.
     pub(crate) symbols: PathBuf,
+    /// The built-in guest with its symbols.
+    pub(crate) guest: PathBuf,
+}
+
+/// The built-in guest.
+#[derive(Clone, Debug)]
+pub(crate) struct Guest {
+    /// The flat file.
+    pub(crate) flat: PathBuf,
+    /// The same with symbols.
+    symbols: PathBuf,
 }
 
 /// Builds and says where the file is.
@@ -97,16 +108,20 @@ pub(crate) fn main(args: &Args) -> Result<ExitCode> {
 pub(crate) fn build(profile: Profile) -> Result<Image> {
     setup::rust_target()?;
     let guest = guest()?;
-    let symbols = compile(cargo_rustc("vellum", profile).env("VELLUM_GUEST", &guest))?;
+    let symbols = compile(cargo_rustc("vellum", profile).env("VELLUM_GUEST", guest.flat))?;
     let bytes = fs::read(&symbols)?;
     only_relative(&bytes).context("the hypervisor cannot relocate itself")?;
     let flat = write(&flatten(&bytes)?, &format!("{}.img", profile.file()))?;
-    Ok(Image { flat, symbols })
+    Ok(Image {
+        flat,
+        symbols,
+        guest: guest.symbols,
+    })
 }
 
 /// The built-in guest as a flat file. It is linked to a fixed address by a script of its own, hence with flags of its own,
 /// which replace those of `.cargo/config.toml`; cargo keeps what is built with either apart.
-pub(crate) fn guest() -> Result<PathBuf> {
+pub(crate) fn guest() -> Result<Guest> {
     let script = paths::root().join("src/guest/guest.ld");
     let flags = [
         "-Crelocation-model=static".to_owned(),
@@ -114,8 +129,9 @@ pub(crate) fn guest() -> Result<PathBuf> {
     ];
     let mut command = cargo_rustc("guest", Profile::Release);
     command.env("CARGO_ENCODED_RUSTFLAGS", flags.join("\u{1f}"));
-    let linked = fs::read(compile(&mut command)?)?;
-    write(&flatten(&linked)?, "guest.img")
+    let symbols = compile(&mut command)?;
+    let flat = write(&flatten(&fs::read(&symbols)?)?, "guest.img")?;
+    Ok(Guest { flat, symbols })
 }
 
 fn cargo_rustc(bin: &str, profile: Profile) -> Command {

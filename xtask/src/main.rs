@@ -12,6 +12,7 @@ mod collect;
 mod console;
 mod flash;
 mod image;
+mod lines;
 mod linux;
 mod loaders;
 mod machine;

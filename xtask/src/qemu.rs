@@ -16,6 +16,7 @@ use anyhow::{Context as _, Result, anyhow, bail};
 
 use crate::clock;
 use crate::console::{Cutter, Piece};
+use crate::lines;
 use crate::linux;
 use crate::loaders;
 use crate::machine::{Firmware, Machine, Model, Timing};
@@ -214,7 +215,7 @@ impl Qemu {
             Err(_) => running.kill(),
         };
         let complaint = errors.join().unwrap_or_default();
-        let transcript = heard?;
+        let mut transcript = heard?;
         ended?;
         drop(volume);
         if transcript.status.is_none() && transcript.text.is_empty() && !complaint.trim().is_empty()
@@ -226,6 +227,7 @@ impl Qemu {
         }
         if parallel {
             clock::judge(&complaint)?;
+            transcript.share(lines::sections(&complaint));
         }
         Ok(transcript)
     }
@@ -421,7 +423,7 @@ fn write_keys(mut pipe: ChildStdin, keyboard: &Receiver<Vec<u8>>, sender: &mpsc:
 mod tests {
     use super::{Launch, OLDEST, Qemu, Version};
     use crate::board::Board;
-    use crate::machine::Machine;
+    use crate::machine::{Machine, Timing};
     use std::os::unix::fs::PermissionsExt as _;
     use std::path::{Path, PathBuf};
     use std::time::{Duration, Instant};
@@ -453,9 +455,14 @@ mod tests {
     }
 
     fn run(name: &str, body: &str) -> Result<Option<u8>, String> {
+        run_by(Timing::Wall, name, body)
+    }
+
+    fn run_by(timing: Timing, name: &str, body: &str) -> Result<Option<u8>, String> {
         let program = fake(name, body);
         let board = Board::qemu_virt().expect("the board file is read");
-        let machine = Machine::of(&board);
+        let mut machine = Machine::of(&board);
+        machine.timing = timing;
         let launch = Launch {
             machine: &machine,
             image: Path::new("image"),
@@ -476,7 +483,24 @@ mod tests {
         std::fs::remove_file(&program).expect("the script goes");
         result
             .map(|transcript| transcript.status)
-            .map_err(|error| error.to_string())
+            .map_err(|error| format!("{error:#}"))
+    }
+
+    #[test]
+    fn the_parallel_clock_needs_plugins() {
+        let help = r#"[ "$1" = --help ] && { echo '-machine [type=]name'; exit; }; exit 9"#;
+        let error = run_by(Timing::Parallel, "plain", help).expect_err("it has no plugins");
+        assert!(error.contains("without plugins"), "{error}");
+        assert!(error.contains("--timing parallel"), "{error}");
+    }
+
+    #[test]
+    fn a_plugin_that_is_refused_is_qemus_one_line() {
+        // What QEMU says of a version of the interface that it does not have.
+        let words = "Could not load plugin libparallel_clock.so: plugin requires API version 7, but this QEMU supports only \
+                     a minimum version of 8";
+        let error = run("refuses", &format!("echo '{words}' >&2; exit 1")).expect_err("refused");
+        assert_eq!(error, format!("QEMU: {words}"));
     }
 
     #[test]

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Result, bail};
 
+use crate::bench;
 use crate::board::Board;
 use crate::clock;
 use crate::console::Keyboard;
@@ -191,6 +192,9 @@ pub(crate) fn main(args: &Args) -> Result<ExitCode> {
     };
     if let Some(error) = transcript.errors.first() {
         eprintln!("error: {error}");
+    }
+    if machine.clock.lines {
+        print!("{}", bench::tables(&transcript, &image)?);
     }
     match transcript.status {
         Some(status) => Ok(ExitCode::from(status)),

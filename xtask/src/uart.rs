@@ -3,6 +3,8 @@
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
+use crate::lines::Section;
+
 /// A JSON object with its keys in alphabetical order.
 pub(crate) type Object = Map<String, Value>;
 
@@ -74,6 +76,8 @@ pub(crate) struct Transcript {
     /// What a guest wrote to a console of its own.
     pub(crate) guest: Vec<u8>,
     pub(crate) status: Option<u8>,
+    /// What the parallel clock says of lines that CPUs took from each other.
+    pub(crate) sharing: Vec<Section>,
 }
 
 impl Transcript {
@@ -89,6 +93,25 @@ impl Transcript {
             Line::Record(Record::Error { text }) => self.errors.push(text),
             Line::Record(Record::Exit { status }) => self.status = Some(status),
         }
+    }
+
+    /// Takes what the parallel clock says of lines; each row gets what was taken in its section, where there is one for each.
+    pub(crate) fn share(&mut self, sections: Vec<Section>) {
+        let numbered = sections.iter().filter(|it| it.number.is_some());
+        if numbered.clone().count() == self.rows.len() {
+            for (row, section) in self.rows.iter_mut().zip(numbered) {
+                let values = [
+                    ("line_transfers", section.transfers),
+                    ("line_transfers_among", section.among),
+                    ("line_upgrades", section.upgrades),
+                    ("line_upgrades_among", section.upgrades_among),
+                    ("line_wait_ns", section.charged),
+                ];
+                let values = values.map(|(key, value)| (key.to_owned(), value.into()));
+                row.values.extend(values);
+            }
+        }
+        self.sharing = sections;
     }
 
     /// Why this run is no good, or nothing.
@@ -125,7 +148,7 @@ impl Transcript {
 
 #[cfg(test)]
 mod tests {
-    use super::{Line, Record, Transcript, parse};
+    use super::{Line, Record, Section, Transcript, parse};
 
     const RUN: &str = r#"[info] 3 CPUs
 {"vellum":"machine","board":"qemu-virt","cpu":"Cortex-A72","cpus":3,"memory_mib":512,"gic":3,"features":["lse"]}
@@ -138,6 +161,22 @@ mod tests {
         let mut all = Transcript::default();
         console.lines().for_each(|line| all.add(parse(line)));
         all
+    }
+
+    #[test]
+    fn lines_belong_to_rows_only_if_there_are_as_many_sections() {
+        let section = |number, transfers| Section {
+            number,
+            transfers,
+            ..Section::default()
+        };
+        let mut run = transcript(RUN);
+        run.share(vec![section(Some(0), 5), section(None, 9)]);
+        assert_eq!(run.rows[0].values.get("line_transfers"), Some(&5.into()));
+        assert_eq!(run.sharing.len(), 2);
+        let mut run = transcript(RUN);
+        run.share(vec![section(Some(0), 5), section(Some(1), 9)]);
+        assert_eq!(run.rows[0].values.get("line_transfers"), None);
     }
 
     #[test]

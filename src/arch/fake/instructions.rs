@@ -84,6 +84,12 @@ pub fn hint_measured() {}
 /// `HINT #0x71`: nothing, but to an emulator's clock: what follows is not measured.
 pub fn hint_unmeasured() {}
 
+/// `HINT #0x74`: nothing, but to an emulator's clock: forgets which lines CPUs took from each other between their marks.
+pub fn hint_forget_lines() {}
+
+/// `HINT #0x75`: nothing, but to an emulator's clock: tells which those were.
+pub fn hint_tell_lines() {}
+
 fn page_of(ipa: Ipa) -> Scope {
     let ipa = ipa.align_down(PAGE_BYTES).raw();
     Scope::Stage2 {

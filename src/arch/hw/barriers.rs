@@ -33,6 +33,10 @@ barriers! {
     hint_measured => "hint #0x70";
     /// `HINT #0x71`: nothing, but to an emulator's clock: what follows is not measured.
     hint_unmeasured => "hint #0x71";
+    /// `HINT #0x74`: nothing, but to an emulator's clock: forgets which lines CPUs took from each other between their marks.
+    hint_forget_lines => "hint #0x74";
+    /// `HINT #0x75`: nothing, but to an emulator's clock: tells which those were.
+    hint_tell_lines => "hint #0x75";
     /// `YIELD`: gives the CPU away for a moment while polling.
     yield_now => "yield";
 }

@@ -116,6 +116,18 @@ pub(crate) fn counter() -> u64 {
     value
 }
 
+/// `HINT #0x72`: nothing, but to an emulator's clock: lines that this CPU takes from others are counted apart from here on.
+pub(crate) fn hint_begin() {
+    // SAFETY: A hint.
+    unsafe { asm!("hint #0x72", options(nostack)) };
+}
+
+/// `HINT #0x73`: nothing, but to an emulator's clock: that ends here.
+pub(crate) fn hint_end() {
+    // SAFETY: A hint.
+    unsafe { asm!("hint #0x73", options(nostack)) };
+}
+
 /// TPIDR_EL1: the address of this vCPU's area.
 pub(crate) fn set_area_address(area: u64) {
     // SAFETY: The register is this program's own.

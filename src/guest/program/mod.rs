@@ -45,12 +45,14 @@ extern "C" fn guest_main(index: u64) -> ! {
     let mut done = Done::ok(0, 0);
     loop {
         let command = asm::next(done.status, done.ticks, done.results);
+        asm::hint_begin();
         let start = asm::counter();
         done = perform(
             command[0],
             [command[1], command[2], command[3], command[4], command[5]],
         );
         done.ticks = asm::counter() - start;
+        asm::hint_end();
         area.operations
             .store(area.operations.load(Relaxed) + 1, Relaxed);
     }
@@ -63,6 +65,7 @@ fn perform(op: u64, args: [u64; 5]) -> Done {
         op::START_OTHERS => Done::ok(start_others(), 0),
         op::PASS => pass::run(first, second, third, fourth, fifth),
         op::FREE_RUN => pass::free_run(first, second, third),
+        op::ADD => pass::add(first, second),
         op::ROUNDS => pass::rounds(first, second, third, fourth),
         op::REPORT => uart::report(this_area(), first),
         op::STORM => storm::run(first, second, third, fourth),

@@ -106,6 +106,15 @@ fn sequential(base: u64, steps: u64, stride: u64, value: u64, log: Option<&Log>)
     Done::ok(steps, 0)
 }
 
+/// Adds to a word that others add to.
+pub(super) fn add(address: u64, times: u64) -> Done {
+    let word: &AtomicU64 = asm::place(address);
+    for _ in 0..times {
+        word.fetch_add(1, Relaxed);
+    }
+    Done::ok(times, 0)
+}
+
 /// Random stores until told to stop. Values differ from store to store, so that a lost one shows.
 pub(super) fn free_run(base: u64, pages: u64, seed: u64) -> Done {
     let area = this_area();

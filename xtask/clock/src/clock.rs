@@ -8,18 +8,14 @@
 
 use core::ffi::c_uint;
 use core::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
-use std::collections::HashMap;
 use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 
+use crate::account::Sharing;
 use crate::api::{Counter, api};
-use crate::lines::Lines;
 use crate::schedule::{MOST, Main, Next, Quanta, Schedule, State};
 
 /// What a counter is when its CPU has got as far as it may.
 pub(crate) const FULL: u64 = 1 << 40;
-
-/// Places that are told at the end, most transfers first.
-const SITES: usize = 1000;
 
 /// Seconds without a turn after which something is broken: the host, or this.
 const STALLED: u32 = 60;
@@ -49,14 +45,6 @@ struct Totals {
     turns: u64,
     released: u64,
     timeouts: u64,
-}
-
-/// Lines of memory, and who took them where: the instruction's address, the line's.
-struct Sharing {
-    lines: Lines,
-    sites: HashMap<(u64, u64), u64>,
-    transfers: u64,
-    charged: u64,
 }
 
 struct Cpu {
@@ -135,14 +123,30 @@ impl Clock {
         std::thread::spawn(|| CLOCK.watch());
     }
 
-    /// Taking a line from another CPU takes `cost` instructions from now on.
-    pub(crate) fn charge_lines(&self, cost: u64) {
-        *self.sharing() = Some(Sharing {
-            lines: Lines::new(cost),
-            sites: HashMap::new(),
-            transfers: 0,
-            charged: 0,
-        });
+    /// Taking a line from another CPU takes `cost` instructions from now on; where it is done is told on request.
+    pub(crate) fn watch_lines(&self, cost: u64, sites: bool) {
+        *self.sharing() = Some(Sharing::new(cost, sites));
+    }
+
+    /// What this CPU takes from now on is counted apart, or no longer.
+    pub(crate) fn count_apart(&self, cpu: usize, apart: bool) {
+        if let Some(sharing) = self.sharing().as_mut() {
+            sharing.count_apart(cpu, apart);
+        }
+    }
+
+    /// What was counted apart so far is forgotten.
+    pub(crate) fn forget_apart(&self) {
+        if let Some(sharing) = self.sharing().as_mut() {
+            sharing.forget_apart();
+        }
+    }
+
+    /// Tells what was counted apart since the last time.
+    pub(crate) fn tell_apart(&self) {
+        if let Some(sharing) = self.sharing().as_mut() {
+            sharing.tell_apart();
+        }
     }
 
     fn sharing(&self) -> MutexGuard<'_, Option<Sharing>> {
@@ -161,12 +165,12 @@ impl Clock {
             return;
         };
         let time = self.time(cpu);
-        let Some(cost) = sharing.lines.access(cpu, address, stores, time) else {
+        let Some(cost) = sharing.access(cpu, site, address, stores, time) else {
             return;
         };
-        sharing.transfers += 1;
-        sharing.charged += cost;
-        *sharing.sites.entry((site, address >> 6)).or_default() += 1;
+        if cost == 0 {
+            return;
+        }
         if let Some((counter, api)) = self.counter.get().zip(api()) {
             let cpu = number(cpu);
             // SAFETY: QEMU's functions, with a counter of their own.
@@ -295,18 +299,7 @@ impl Clock {
     pub(crate) fn report(&self, shared: &Shared) {
         let totals = &shared.totals;
         if let Some(sharing) = self.sharing().as_ref() {
-            let mut sites: Vec<_> = sharing.sites.iter().collect();
-            sites.sort_by_key(|(site, count)| (u64::MAX - **count, **site));
-            for ((site, line), count) in sites.iter().take(SITES) {
-                eprintln!(
-                    r#"{{"line":{{"site":{site},"address":{},"transfers":{count}}}}}"#,
-                    line << 6
-                );
-            }
-            eprintln!(
-                r#"{{"lines":{{"transfers":{},"charged":{}}}}}"#,
-                sharing.transfers, sharing.charged
-            );
+            sharing.tell_rest();
         }
         eprintln!(
             r#"{{"clock":{{"turns":{},"released":{},"timeouts":{},"virtual_ns":{}}}}}"#,

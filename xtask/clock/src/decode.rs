@@ -24,14 +24,42 @@ pub(crate) struct Meaning {
     pub(crate) waits: bool,
     /// How it accesses memory.
     pub(crate) access: Access,
-    /// Measuring starts or ends.
-    pub(crate) marker: Option<bool>,
+    /// What the program says to the clock.
+    pub(crate) marker: Option<Marker>,
 }
 
-/// `hint #0x70`: measuring starts.
-const FINE: u32 = 0xd503_2e1f;
-/// `hint #0x71`: measuring ends.
-const COARSE: u32 = 0xd503_2e3f;
+/// What a program says to the clock, by hints that do nothing elsewhere.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Marker {
+    /// `hint #0x70`: measuring starts.
+    Fine,
+    /// `hint #0x71`: measuring ends.
+    Coarse,
+    /// `hint #0x72`: this CPU begins what lines are counted for apart.
+    Begin,
+    /// `hint #0x73`: and has ended it.
+    End,
+    /// `hint #0x74`: those counted apart are forgotten.
+    Forget,
+    /// `hint #0x75`: those counted apart are told, and forgotten.
+    Tell,
+}
+
+impl Marker {
+    const ALL: [(u32, Self); 6] = [
+        (0xd503_2e1f, Self::Fine),
+        (0xd503_2e3f, Self::Coarse),
+        (0xd503_2e5f, Self::Begin),
+        (0xd503_2e7f, Self::End),
+        (0xd503_2e9f, Self::Forget),
+        (0xd503_2ebf, Self::Tell),
+    ];
+
+    fn of(word: u32) -> Option<Self> {
+        let known = Self::ALL.iter().find(|(code, _)| *code == word);
+        known.map(|(_, marker)| *marker)
+    }
+}
 
 /// Decodes an A64 instruction.
 pub(crate) fn meaning(word: u32) -> Meaning {
@@ -51,11 +79,7 @@ pub(crate) fn meaning(word: u32) -> Meaning {
         orders: exclusive_or_ordered(word) || atomic(word) || unscaled_ordered(word),
         waits: waits(word),
         access: kind,
-        marker: match word {
-            FINE => Some(true),
-            COARSE => Some(false),
-            _ => None,
-        },
+        marker: Marker::of(word),
     }
 }
 
@@ -103,7 +127,7 @@ fn waits(word: u32) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::{Access, meaning};
+    use super::{Access, Marker, meaning};
 
     #[test]
     fn what_orders_memory_is_known() {
@@ -177,8 +201,10 @@ mod tests {
 
     #[test]
     fn markers_are_hints() {
-        assert_eq!(meaning(0xd503_2e1f).marker, Some(true));
-        assert_eq!(meaning(0xd503_2e3f).marker, Some(false));
+        for (number, (_, marker)) in (0x70..).zip(Marker::ALL) {
+            let hint = 0xd503_201f | number << 5;
+            assert_eq!(meaning(hint).marker, Some(marker), "{number:#x}");
+        }
         assert_eq!(meaning(0xd503_201f).marker, None);
     }
 }

@@ -6,13 +6,15 @@
 //! orders memory (`decode`). Preloaded, it is the clock that QEMU reads, and sees who sleeps and who waits for whom
 //! (`interpose`).
 //!
-//! On request (`lines`) a CPU that takes a line of memory from another is charged for it.
+//! On request (`lines`) a CPU that takes a line of memory from another is charged for it, and it is told who takes which where
+//! (`account`).
 //!
 //! A CPU's thread is let go without its turn in one case only: another thread waits until all have left translated code
 //! (QEMU's exclusive sections, for broadcast invalidations for example). It then executes one block, and what that took stays on its clock.
 
 #![cfg_attr(test, expect(dead_code, reason = "QEMU calls what tests do not"))]
 
+mod account;
 mod api;
 mod clock;
 mod decode;

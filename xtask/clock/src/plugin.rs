@@ -9,7 +9,7 @@ use crate::api::{
     ADD, AT_LEAST, Api, Counter, Handle, Id, KNOWN, LOADS, NO_REGS, POINTERS, STORES, api, options,
 };
 use crate::clock::{CLOCK, FULL};
-use crate::decode::{Access, meaning};
+use crate::decode::{Access, Marker, meaning};
 use crate::interpose;
 use crate::schedule::{MOST, Quanta};
 
@@ -69,7 +69,7 @@ fn install(id: Id, options: &[(String, String)]) -> Result<(), String> {
         fine: 1000,
         coarse: 50_000,
     };
-    let (mut slack, mut spin, mut line_cost) = (0, 50, 0);
+    let (mut slack, mut spin, mut line_cost, mut sites) = (0, 50, 0, 0);
     for (key, value) in options {
         let number = value.parse::<u64>().ok().filter(|number| *number < 1 << 30);
         let number = number.ok_or_else(|| format!("option {key}={value}: not a number"))?;
@@ -79,6 +79,7 @@ fn install(id: Id, options: &[(String, String)]) -> Result<(), String> {
             "slack" => slack = number,
             "spin" => spin = number,
             "line-cost" => line_cost = number,
+            "sites" => sites = number,
             _ => return Err(format!("no option {key}")),
         }
     }
@@ -91,9 +92,9 @@ fn install(id: Id, options: &[(String, String)]) -> Result<(), String> {
     let board = unsafe { (api.board)(size_of::<u64>()) };
     let counter = Counter::of(board);
     COUNTER.get_or_init(|| counter);
-    if line_cost > 0 {
+    if line_cost > 0 || sites > 0 {
         CHARGED.store(true, Ordering::Relaxed);
-        CLOCK.charge_lines(line_cost);
+        CLOCK.watch_lines(line_cost, sites > 0);
     }
     CLOCK.start(counter, quanta, interpose::host_ns());
     register(api, id);
@@ -153,6 +154,22 @@ extern "C" fn fine(cpu: c_uint, _: *mut c_void) {
 
 extern "C" fn coarse(cpu: c_uint, _: *mut c_void) {
     CLOCK.measure(own(cpu), false);
+}
+
+extern "C" fn begin(cpu: c_uint, _: *mut c_void) {
+    CLOCK.count_apart(own(cpu), true);
+}
+
+extern "C" fn end_of_pass(cpu: c_uint, _: *mut c_void) {
+    CLOCK.count_apart(own(cpu), false);
+}
+
+extern "C" fn forget(_: c_uint, _: *mut c_void) {
+    CLOCK.forget_apart();
+}
+
+extern "C" fn tell(_: c_uint, _: *mut c_void) {
+    CLOCK.tell_apart();
 }
 
 /// Below a site in what [`accessed`] is given: the access counts as a store.
@@ -249,8 +266,15 @@ extern "C" fn translated(block: Handle, _: *mut c_void) {
             // SAFETY: as above.
             unsafe { (api.after_access)(instruction, accessed, NO_REGS, accesses, site) };
         }
-        if let Some(fine_phase) = meaning.marker {
-            let callback = if fine_phase { fine } else { coarse };
+        if let Some(marker) = meaning.marker {
+            let callback = match marker {
+                Marker::Fine => fine,
+                Marker::Coarse => coarse,
+                Marker::Begin => begin,
+                Marker::End => end_of_pass,
+                Marker::Forget => forget,
+                Marker::Tell => tell,
+            };
             // SAFETY: as above.
             unsafe { (api.at_instruction)(instruction, callback, NO_REGS, none) };
         }

@@ -115,7 +115,7 @@ fn report_of(rows: &[Row]) -> String {
                 "\na line taken from another CPU: {} instructions\n",
                 first.param("line_cost")
             );
-            text += "\nthe longest pass of a vCPU, in times that of one vCPU; S: what is done one after the other, from the smallest number of vCPUs that\nwait for each other; predicted: max(1, vCPUs x S / T1)\n";
+            text += "\nthe longest pass of a vCPU, in times that of one vCPU; T1: of one, for each fault; S: what of a fault is done one after the\nother (holding the lock and handing it over), from the smallest number of vCPUs that take as many times as long as the number before as they are\nmore; predicted: max(1, vCPUs x S / T1)\n";
             text += &scaling(rows);
         }
         text += "\ncounts of the write phase, mean of the iterations\n";
@@ -173,6 +173,21 @@ fn curve(rows: &[Row], mode: &str) -> Vec<(u32, f64, f64)> {
     of_mode.filter_map(point).collect()
 }
 
+/// By how much passes may differ from proportional to the number of vCPUs, when all of them wait for one thing.
+const PROPORTIONAL: f64 = 0.1;
+
+/// What of a fault is done one after the other, in nanoseconds: a pass of many vCPUs, for each of their faults. From the smallest
+/// number of vCPUs that take as many times as long as the number before as they are more.
+fn serialized(curve: &[(u32, f64, f64)]) -> Option<f64> {
+    let pairs = curve.iter().zip(curve.iter().skip(1));
+    let mut saturated = pairs.filter(|((fewer, less, _), (more, ns, _))| {
+        let times = f64::from(*more) / f64::from(*fewer);
+        (ns / less / times - 1.0).abs() <= PROPORTIONAL
+    });
+    let (_, (vcpus, ns, faults)) = saturated.next()?;
+    Some(ns / faults / f64::from(*vcpus))
+}
+
 /// A line for each mode and number of vCPUs, with what the serialized part predicts.
 fn scaling(rows: &[Row]) -> String {
     let mut table = Table::new(&[
@@ -180,9 +195,11 @@ fn scaling(rows: &[Row]) -> String {
         "vCPUs",
         "ns/fault",
         "times one",
+        "T1, ns",
         "S, ns",
         "S/T1",
         "predicted",
+        "off, %",
         "KVM",
         "KVM's S/T1",
     ]);
@@ -191,10 +208,7 @@ fn scaling(rows: &[Row]) -> String {
         let Some((1, one, faults)) = curve.first().copied() else {
             continue;
         };
-        let waits = curve
-            .iter()
-            .find(|(vcpus, ns, _)| *vcpus > 1 && *ns > 1.5 * one);
-        let serial = waits.map(|(vcpus, ns, faults)| ns / faults / f64::from(*vcpus));
+        let serial = serialized(&curve);
         for (vcpus, ns, each) in &curve {
             let n = f64::from(*vcpus);
             let share = serial.map(|serial| serial / (one / faults));
@@ -204,14 +218,17 @@ fn scaling(rows: &[Row]) -> String {
                 "rwlock" => Some(rwlock / PUBLISHED[0].2),
                 _ => None,
             });
+            let predicted = share.map_or(1.0, |share| (n * share).max(1.0));
             table.row(vec![
                 mode.clone(),
                 vcpus.to_string(),
                 cell(Some(ns / each)),
                 cell(Some(ns / one)),
+                cell(Some(one / faults)),
                 cell(serial),
                 cell(share),
-                cell(Some(share.map_or(1.0, |share| (n * share).max(1.0)))),
+                cell(Some(predicted)),
+                format!("{:+.1}", 100.0 * (ns / one / predicted - 1.0)),
                 cell(kvm),
                 cell(kvm.map(|times| times / n)),
             ]);
@@ -360,7 +377,7 @@ fn groups(rows: &[Row], timing: Timing) -> Vec<(String, String, Vec<&Row>)> {
 
 #[cfg(test)]
 mod tests {
-    use super::{charts, jobs, report};
+    use super::{charts, jobs, report, serialized};
     use crate::bench::Row;
     use crate::bench::options::tests::options;
     use crate::bench::rows::tests::row;
@@ -411,6 +428,20 @@ mod tests {
             "{text}"
         );
         assert!(lines[2].contains("80") && lines[5].ends_with('5'), "{text}");
+    }
+
+    #[test]
+    fn the_serialized_part_is_what_doubling_doubles() {
+        let flat = [(1, 100.0, 1.0), (2, 100.0, 1.0), (4, 110.0, 1.0)];
+        assert_eq!(serialized(&flat), None);
+        let bent = [
+            (1, 100.0, 1.0),
+            (2, 110.0, 1.0),
+            (4, 200.0, 1.0),
+            (8, 400.0, 1.0),
+        ];
+        assert_eq!(serialized(&bent), Some(50.0));
+        assert_eq!(serialized(&[(1, 100.0, 1.0)]), None);
     }
 
     #[test]

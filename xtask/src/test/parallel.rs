@@ -13,6 +13,14 @@ const REPEATS: f64 = 0.01;
 /// By how much twice the vCPUs may take other than twice the time, when all wait for one lock.
 const SERIAL: f64 = 0.1;
 
+/// What a line costs where one does, and by how much a contended one may move faster or slower.
+const COST: u32 = 150;
+const RATE: f64 = 0.05;
+/// Lines that move for each fault of vCPUs that share leaf tables and words of the bitmap: one of either.
+const LINES: f64 = 2.05;
+/// How many times as long 64 vCPUs may take as one, in mode lockless.
+const LOCKLESS: f64 = 1.25;
+
 impl Table<'_> {
     /// Two runs with the same quantum and one with another.
     pub(super) fn parallel(&self) -> Vec<Case> {
@@ -35,7 +43,7 @@ impl Table<'_> {
                 ..first
             }
         };
-        vec![
+        let mut cases = vec![
             runs(
                 "parallel clock: private work takes as long beside 63 others and invalidations",
                 65,
@@ -50,7 +58,39 @@ impl Table<'_> {
                 "suite=dirty vcpus=1,4,8 locking=mutex,lockless mib=1 pages=64 iterations=1",
                 locks_serialize,
             ),
-        ]
+            self.once(
+                "parallel clock: a contended line moves once in what it costs, and none where vCPUs write apart",
+                9,
+                "suite=lines vcpus=8 locking=lockless mib=1 rounds=300 iterations=1",
+                lines_move,
+            ),
+        ];
+        if self.soak {
+            cases.push(self.once(
+                "parallel clock: with 64 vCPUs the locks take what their serialized part says, and lockless nothing",
+                65,
+                "suite=dirty vcpus=1,8,16,64 locking=mutex,rwlock,lockless mib=1 pages=64 iterations=1",
+                scales,
+            ));
+        }
+        cases
+    }
+
+    /// One run in which lines cost something.
+    fn once(
+        &self,
+        name: &str,
+        cpus: u32,
+        append: &str,
+        check: fn(&[Transcript]) -> Verdict,
+    ) -> Case {
+        let machine = self.machine(|machine| {
+            (machine.cpus, machine.memory_mib) = (cpus, 512);
+            machine.timing = Timing::Parallel;
+            machine.clock.line_cost = COST;
+        });
+        let append = format!("timing=parallel {append}");
+        self.case(name, machine, append, Expect::Good(check))
     }
 }
 
@@ -127,6 +167,60 @@ fn locks_serialize(runs: &[Transcript]) -> Verdict {
         )?;
     }
     repeats(runs, "vcpu_ns")
+}
+
+fn lines_move(runs: &[Transcript]) -> Verdict {
+    let rows = runs.first().map(rows).ok_or("nothing ran")??;
+    let of = |case: &str, layout: &str| {
+        let found = rows
+            .iter()
+            .find(|row| row.case == case && (layout.is_empty() || row.param("layout") == layout));
+        found.ok_or_else(|| format!("no row {case} {layout}"))
+    };
+    let addition = value(of("one word", "")?, "ns_per_add")?;
+    near("an addition", addition, f64::from(COST), RATE)?;
+    let each = |layout: &str, key: &str| -> Result<f64, String> {
+        let row = of("write faults", layout)?;
+        Ok(value(row, key)? / value(row, "faults_permission")?)
+    };
+    let apart = each("apart", "line_transfers_among")? + each("apart", "line_upgrades_among")?;
+    if apart > 0.0 {
+        return Err(format!(
+            "vCPUs that write apart take {apart} lines from each other for each fault"
+        ));
+    }
+    let together = each("interleaved", "line_transfers_among")?;
+    if !(1.0..=LINES).contains(&together) {
+        return Err(format!(
+            "{together} lines move for each fault of vCPUs that write in turn"
+        ));
+    }
+    if value(of("harvest", "")?, "stores_per_ms_beside")? < 1.0 {
+        return Err("nobody stores beside a harvest".into());
+    }
+    Ok(())
+}
+
+fn scales(runs: &[Transcript]) -> Verdict {
+    let rows = runs.first().map(rows).ok_or("nothing ran")??;
+    let time = |vcpus: &str, locking: &str| {
+        let found = rows
+            .iter()
+            .find(|row| row.param("vcpus") == vcpus && row.param("locking") == locking);
+        value(found.ok_or("no such row")?, "vcpu_ns")
+    };
+    for locking in ["mutex", "rwlock"] {
+        let serial = time("16", locking)? / 16.0;
+        let predicted = (64.0 * serial).max(time("1", locking)?);
+        near(locking, time("64", locking)?, predicted, SERIAL)?;
+    }
+    let slower = time("64", "lockless")? / time("1", "lockless")?;
+    if slower > LOCKLESS {
+        return Err(format!(
+            "64 lockless vCPUs take {slower} times as long as one"
+        ));
+    }
+    Ok(())
 }
 
 #[cfg(test)]
