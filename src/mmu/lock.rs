@@ -24,10 +24,10 @@ use crate::trace::Event;
 pub enum Locking {
     /// Nothing.
     Lockless,
-    /// The lock, for reading.
-    Rwlock,
     /// The lock, exclusively.
     Mutex,
+    /// The lock, for reading.
+    Rwlock,
 }
 
 impl Locking {

@@ -115,7 +115,7 @@ fn report_of(rows: &[Row]) -> String {
                 "\na line taken from another CPU: {} instructions\n",
                 first.param("line_cost")
             );
-            text += "\nthe longest pass of a vCPU, in times that of one vCPU; T1: of one, for each fault; S: what of a fault is done one after the\nother (holding the lock and handing it over), from the smallest number of vCPUs that take as many times as long as the number before as they are\nmore; predicted: max(1, vCPUs x S / T1)\n";
+            text += "\nthe longest pass of a vCPU, in times that of one vCPU; T1: of one, for each fault; S: what of a fault is done one after the\nother (holding the lock and handing it over), from the smallest number of vCPUs that take as many times as long as the number before as they are\nmore, where that waits already; predicted: max(1, vCPUs x S / T1)\n";
             text += &scaling(rows);
         }
         text += "\ncounts of the write phase, mean of the iterations\n";
@@ -177,12 +177,13 @@ fn curve(rows: &[Row], mode: &str) -> Vec<(u32, f64, f64)> {
 const PROPORTIONAL: f64 = 0.1;
 
 /// What of a fault is done one after the other, in nanoseconds: a pass of many vCPUs, for each of their faults. From the smallest
-/// number of vCPUs that take as many times as long as the number before as they are more.
+/// number of vCPUs that take as many times as long as the number before as they are more, where that waits already.
 fn serialized(curve: &[(u32, f64, f64)]) -> Option<f64> {
+    let waits = 1.5 * curve.first()?.1;
     let pairs = curve.iter().zip(curve.iter().skip(1));
     let mut saturated = pairs.filter(|((fewer, less, _), (more, ns, _))| {
         let times = f64::from(*more) / f64::from(*fewer);
-        (ns / less / times - 1.0).abs() <= PROPORTIONAL
+        *less > waits && (ns / less / times - 1.0).abs() <= PROPORTIONAL
     });
     let (_, (vcpus, ns, faults)) = saturated.next()?;
     Some(ns / faults / f64::from(*vcpus))
@@ -442,6 +443,13 @@ mod tests {
         ];
         assert_eq!(serialized(&bent), Some(50.0));
         assert_eq!(serialized(&[(1, 100.0, 1.0)]), None);
+        let early = [
+            (1, 100.0, 1.0),
+            (2, 100.0, 1.0),
+            (4, 210.0, 1.0),
+            (8, 500.0, 1.0),
+        ];
+        assert_eq!(serialized(&early), None);
     }
 
     #[test]

@@ -53,15 +53,15 @@ impl Table<'_> {
             ),
             runs(
                 "parallel clock: a contended lock serializes, and nothing else does",
-                9,
+                17,
                 [100, 1000, 10_000],
-                "suite=dirty vcpus=1,4,8 locking=mutex,lockless mib=1 pages=64 iterations=1",
+                "suite=dirty vcpus=1,8,16 locking=mutex,lockless mib=1 pages=64 iterations=1",
                 locks_serialize,
             ),
             self.once(
                 "parallel clock: a contended line moves once in what it costs, and none where vCPUs write apart",
                 9,
-                "suite=lines vcpus=8 locking=lockless mib=1 rounds=300 iterations=1",
+                "suite=lines vcpus=8 locking=lockless mib=2 pages=64 rounds=300 iterations=1",
                 lines_move,
             ),
         ];
@@ -154,14 +154,14 @@ fn locks_serialize(runs: &[Transcript]) -> Verdict {
             value(found.ok_or("no such row")?, "vcpu_ns")
         };
         near(
-            "mutex, 8 vCPUs",
-            time("8", "mutex")?,
-            2.0 * time("4", "mutex")?,
+            "mutex, 16 vCPUs",
+            time("16", "mutex")?,
+            2.0 * time("8", "mutex")?,
             SERIAL,
         )?;
         near(
-            "lockless, 8 vCPUs",
-            time("8", "lockless")?,
+            "lockless, 16 vCPUs",
+            time("16", "lockless")?,
             time("1", "lockless")?,
             FLAT,
         )?;
