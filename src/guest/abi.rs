@@ -48,7 +48,7 @@ pub mod op {
     /// start where it ends. Rounds done are counted in [`super::Area::rounds`]. Result: rounds.
     pub const ROUNDS: u64 = 12;
     /// Add one to the word at x1, x2 times.
-    pub const ADD: u64 = 18;
+    pub const ADD: u64 = 19;
     /// Every vCPU: the interrupt storm. x1 SGIs to send, x2 nonzero if each waits for the one before, x3 period of the timer in
     /// ticks, x4 seed. Results: SGIs handled, bit mask of what failed.
     pub const STORM: u64 = 17;
