@@ -33,7 +33,7 @@ pub mod op {
     /// Every other vCPU: sleep and answer until x1 rounds are done.
     pub const IPI_SERVE: u64 = 7;
     /// vCPU 1: wait x1 times, by exclusive load and WFE, for a store of vCPU 0, with interrupts pending that are not to be taken.
-    /// vCPU 0: interrupt it, then store, as often. Results: stores, and those that were waited for in vain.
+    /// vCPU 0: interrupt it, then store, as often. Results: stores, and whether one was waited for in vain.
     pub const EVENTS: u64 = 18;
     /// Do what a hostile guest does; x1 first address of a writable page pair. Results as above.
     pub const HOSTILE: u64 = 8;
