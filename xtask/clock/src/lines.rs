@@ -230,7 +230,7 @@ mod tests {
         assert_eq!(among(1, 0x2000, false, Some(1)), Some((false, false)));
         assert_eq!(among(2, 0x2000, false, Some(1)), Some((false, false)));
         assert_eq!(among(2, 0x2000, true, Some(1)), Some((true, true)));
-        // Another section begins anew.
-        assert_eq!(among(1, 0x1000, true, Some(2)), Some((false, false)));
+        // Another section begins anew; the CPU still has its copy.
+        assert_eq!(among(1, 0x1000, true, Some(2)), Some((false, true)));
     }
 }

@@ -113,13 +113,16 @@ impl Table<'_> {
     fn reboots(&self, place: Place) -> Case {
         let boots = if self.soak { 21 } else { 4 };
         let work = u32::from(self.soak);
-        self.boot(
+        let mut case = self.boot(
             format!("Linux restarts {} times, {place}", boots - 1),
             place,
             &format!("guest-mib=128 boots={boots}"),
             &format!("vellum.work={work}"),
             Expect::Good(restarts_are_clean),
-        )
+        );
+        // Four boots take most of the time that a case has.
+        case.alone = true;
+        case
     }
 
     /// One boot, with its checks.
