@@ -220,7 +220,7 @@ resume:
     isb
 
 // An exception between a guest's exclusive load and its WFE disarms the monitor, so that no store to the lock would end the
-// wait. Returning from the exception sets the event register instead (DDI 0487 issue K.a, D1.7.1), and the WFE does not wait.
+// wait. Returning from the exception sets the event register instead (DDI 0487, Wait for Event), and the WFE does not wait.
 // QEMU 11.1 does not set it: there a vCPU in an interrupt handler that waited for a lock slept for ever. A hypercall cannot
 // stand between the two for any reason, so its path leaves the event to ERET.
 

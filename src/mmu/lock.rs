@@ -50,7 +50,7 @@ impl Locking {
 
 /// Somebody has the lock for himself.
 const HELD: u32 = 1;
-/// One exclusive user that waits. While there is one, `share` stays away: see [`MmuLock::exclusive`].
+/// One exclusive user that waits; a VM has less than 255 CPUs that could. While there is one, `share` stays away: see [`MmuLock::exclusive`].
 const INTENT: u32 = 1 << 1;
 const INTENTS: u32 = 0xff << 1;
 /// One more on the shared side: who holds it in mode `rwlock`, who waits for it in mode `mutex`.

@@ -1,7 +1,7 @@
 //! Waiting by WFE, as locks do: an exclusive load arms the monitor, and another's store to the word ends the wait.
 //!
 //! An exception between the load and the WFE disarms the monitor, so that no store would end the wait; but returning from it
-//! is an event itself, and the WFE does not wait (DDI 0487 issue K.a, D1.7.1 and B2.12.3). Interrupts that EL2 takes come at
+//! is an event itself, and the WFE does not wait (DDI 0487, Wait for Event). Interrupts that EL2 takes come at
 //! any place, and nothing of theirs is signalled to this vCPU: it has set its priority mask so.
 
 use core::mem::offset_of;
