@@ -33,7 +33,7 @@ const REWRITING: f64 = 1.03;
 impl Table<'_> {
     /// Epochs by every engine.
     pub(super) fn epochs(&self) -> Vec<Case> {
-        let (epochs, mib) = if self.soak { (10_000, 16) } else { (1000, 8) };
+        let (epochs, mib) = if self.soak { (10_000, 16) } else { (1000, 4) };
         let mut cases = Vec::new();
         for (model, engines) in MODELS {
             for engine in engines {
@@ -73,7 +73,7 @@ impl Table<'_> {
             boot.machine.memory_mib = 18_000;
         }
         cases.push(entries);
-        let sizes = if self.soak { "256,2048" } else { "64,256" };
+        let sizes = if self.soak { "256,2048" } else { "32,128" };
         for backing in ["4k", "2m"] {
             let append = format!(
                 "suite=protect timing=insn vcpus=1 slot-mib={sizes} backing={backing} engine=walk,lazy,swap,pie"
@@ -83,7 +83,7 @@ impl Table<'_> {
             let case = self.epoch(name, "max", append, calls_do_not_grow);
             cases.push(timed(case));
         }
-        let append = "suite=checkpoint vcpus=2 mib=4 backing=2m epochs=10 epoch-us=1000 engine=walk,lazy,swap,pie";
+        let append = "suite=checkpoint vcpus=2 mib=4 backing=2m epochs=5 epoch-us=1000 engine=walk,lazy,swap,pie";
         cases.push(self.epoch(
             "checkpoints of a running guest are whole".to_owned(),
             "max",

@@ -50,7 +50,7 @@ impl Table<'_> {
                 "parallel clock: private work takes as long beside 63 others and invalidations",
                 65,
                 [100, 100, 1000],
-                "suite=private vcpus=1,64 mib=1 rounds=10000",
+                "suite=private vcpus=1,64 mib=1 rounds=5000",
                 private_is_flat,
             ),
             runs(
