@@ -7,8 +7,8 @@ use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context as _, Result};
 
-use super::cases::{Boot, Case, Expect, MODES, Table};
-use super::checks;
+use super::cases::{Boot, Case, Expect, Table};
+use super::ways;
 use crate::image::{self, Image};
 use crate::loaders;
 use crate::machine::{Firmware, Model, Timing};
@@ -28,36 +28,52 @@ const WORDS: usize = 64;
 /// What the image's own memory is filled with.
 const GARBAGE: u8 = 0xa5;
 
+/// Every suite that needs no time of its own and no other guest.
+const SUITES: [&str; 19] = [
+    "selftest",
+    "dirty",
+    "verify",
+    "get",
+    "starve",
+    "split",
+    "churn",
+    "protect",
+    "checkpoint",
+    "epochs",
+    "age",
+    "heat",
+    "ages",
+    "exit",
+    "ipi",
+    "share",
+    "moves",
+    "storm",
+    "lives",
+];
+/// Each in its quick form.
+const QUICK: &str = "vcpus=3 locking=lockless mib=2 slot-mib=64 backing=2m iterations=1 rounds=10 runs=64 epochs=10 epoch-us=1000 seconds=1";
+
 impl Table<'_> {
-    /// Runs behind the hostile boot loader: what a guest finds, and whether every write is reported.
+    /// Every suite in one boot behind the hostile boot loader.
     pub(super) fn hostile(&self) -> Vec<Case> {
-        let few = |name: &str, append: &str, expect| {
-            let machine = self.machine(|machine| machine.cpus = 4);
-            let case = self.case(name, machine, append, expect);
-            (case.boots.iter().all(can_be)).then(|| spoiled(case))
-        };
-        [
-            few(
-                "a hostile boot loader leaves garbage everywhere",
-                "suite=selftest vcpus=1,3",
-                Expect::Good(checks::guest_is_content),
-            ),
-            few(
-                "every write is reported in spite of a hostile boot loader",
-                &format!("suite=verify vcpus=3 {MODES} mib=2 iterations=1 rounds=2"),
-                Expect::Good(checks::every_mode_completes),
-            ),
-        ]
-        .into_iter()
-        .flatten()
-        .collect()
+        let words = format!("suite={} {QUICK}", SUITES.join(","));
+        let cases = [("max", 3), ("cortex-a72", 2)].map(|(model, gic)| {
+            let machine = self.machine(|machine| {
+                (machine.cpu, machine.gic, machine.cpus) = (model.to_owned(), gic, 4);
+            });
+            let name =
+                format!("every suite, and a hostile boot loader before it, {model} GICv{gic}");
+            let expect = Expect::Good(|runs| ways::measured(&SUITES, runs));
+            self.case(name, machine, &words, expect)
+        });
+        cases.into_iter().filter(all_can_be).map(spoiled).collect()
     }
 }
 
 /// The case with each boot behind the loader; nothing where something else than QEMU starts one, or time is not its own.
 pub(super) fn behind(case: Case) -> Option<Case> {
     let already = case.boots.iter().any(|boot| boot.hostile);
-    (!already && case.boots.iter().all(can_be)).then(|| {
+    (!already && all_can_be(&case)).then(|| {
         let case = spoiled(case);
         Case {
             name: format!("{}, behind a hostile boot loader", case.name),
@@ -65,6 +81,10 @@ pub(super) fn behind(case: Case) -> Option<Case> {
             ..case
         }
     })
+}
+
+fn all_can_be(case: &Case) -> bool {
+    case.boots.iter().all(can_be)
 }
 
 /// The loader needs EL2, and that RAM and device tree are where QEMU puts them for a kernel of `virt`.
