@@ -29,6 +29,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde_json::Value;
 
 use crate::board::Board;
+use crate::clock;
 use crate::image::{self, Image, Profile};
 use crate::lines;
 use crate::machine::{Machine, Timing};
@@ -205,6 +206,9 @@ pub(crate) fn main(args: &Args) -> Result<ExitCode> {
         plans.push((suite, suite.jobs(&args.options, &board)?));
     }
     let qemu = setup::qemu(&args.qemu)?;
+    if timing.contains(&Timing::Parallel) {
+        clock::ready(&qemu)?;
+    }
     eprintln!("building the image");
     let image = image::build(Profile::of(args.debug))?;
     let hash = image::sha256(&image.flat)?;

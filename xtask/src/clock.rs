@@ -4,6 +4,7 @@
 //! QEMU loads it as a plugin and, preloaded, takes its time from it. At the end it says how it went: a run in which it had to
 //! give up fails.
 
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::{Mutex, PoisonError};
@@ -11,6 +12,7 @@ use std::sync::{Mutex, PoisonError};
 use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
 
+use crate::image;
 use crate::machine::Timing;
 use crate::paths;
 use crate::process;
@@ -75,8 +77,13 @@ impl Default for Settings {
     }
 }
 
-/// Has QEMU, which `command` is about to start, run by the clock.
-pub(crate) fn attach(command: &mut Command, qemu: &Qemu, settings: &Settings) -> Result<()> {
+/// The plugin, if `qemu` takes it: found out before anything is built or run.
+pub(crate) fn ready(qemu: &Qemu) -> Result<PathBuf> {
+    static READY: Mutex<Option<(PathBuf, PathBuf)>> = Mutex::new(None);
+    let mut ready = READY.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some((_, library)) = ready.as_ref().filter(|(it, _)| it == qemu.program()) {
+        return Ok(library.clone());
+    }
     let help = process::output(Command::new(qemu.program()).arg("--help"))?;
     if !help.lines().any(|line| line.starts_with("-plugin")) {
         bail!(
@@ -86,6 +93,31 @@ pub(crate) fn attach(command: &mut Command, qemu: &Qemu, settings: &Settings) ->
         );
     }
     let library = library().context("the plugin of --timing parallel cannot be built")?;
+    try_out(qemu, &library).with_context(|| {
+        format!(
+            "QEMU {} does not take the plugin of --timing parallel",
+            qemu.version()
+        )
+    })?;
+    *ready = Some((qemu.program().to_path_buf(), library.clone()));
+    Ok(library)
+}
+
+/// Has QEMU load the plugin and end.
+fn try_out(qemu: &Qemu, library: &Path) -> Result<()> {
+    let (input, mut monitor) = std::io::pipe()?;
+    monitor.write_all(b"quit\n")?;
+    drop(monitor);
+    let mut command = Command::new(qemu.program());
+    command.args(["-machine", "none", "-nodefaults", "-display", "none"]);
+    command.args(["-monitor", "stdio", "-plugin"]).arg(library);
+    command.env("PARALLEL_CLOCK_API", interface(qemu.number()).to_string());
+    process::output_of(command.stdin(input)).map(drop)
+}
+
+/// Has QEMU, which `command` is about to start, run by the clock.
+pub(crate) fn attach(command: &mut Command, qemu: &Qemu, settings: &Settings) -> Result<()> {
+    let library = ready(qemu)?;
     command.env("LD_PRELOAD", &library);
     command.env("PARALLEL_CLOCK_API", interface(qemu.number()).to_string());
     command.arg("-plugin").arg(format!(
@@ -110,21 +142,16 @@ fn interface(version: Version) -> u32 {
 
 /// Builds the plugin, if it was not yet.
 fn library() -> Result<PathBuf> {
-    static BUILT: Mutex<Option<PathBuf>> = Mutex::new(None);
-    let mut built = BUILT.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(library) = built.as_ref() {
-        return Ok(library.clone());
-    }
     let mut command = process::cargo();
     command
         .args(["build", "--release", "--package", "parallel-clock"])
         .arg("--message-format=json-render-diagnostics");
     let found = compile(&mut command)?;
-    // A copy: QEMU may still run with it when it is built anew.
+    // A copy, in a folder of its own: QEMU may still run with it when it is built anew.
     let name = found.file_name().context("the library has no name")?;
-    let copy = paths::target("clock").join(name);
+    let hash: String = image::sha256(&found)?.chars().take(16).collect();
+    let copy = paths::target("clock").join(hash).join(name);
     paths::write(&copy, std::fs::read(&found)?)?;
-    *built = Some(copy.clone());
     Ok(copy)
 }
 

@@ -153,6 +153,9 @@ pub(crate) fn main(args: &Args) -> Result<ExitCode> {
     machine.firmware = args.firmware.unwrap_or(machine.firmware);
     machine.numa = args.numa;
     let qemu = setup::qemu(&args.qemu)?;
+    if args.timing == Timing::Parallel {
+        clock::ready(&qemu)?;
+    }
     let image = image::build(Profile::of(args.debug))?;
     if args.gdb {
         eprintln!(
