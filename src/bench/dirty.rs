@@ -16,7 +16,7 @@ use super::clock::{Counts, exit_times, measure_exits, nanoseconds, timed};
 use super::comparison::Comparison;
 use super::params::{Params, Timing, size_name, stride_name};
 use super::report::{Row, progress};
-use super::scene::{Cast, Outcome, Scene, Stage, cpu};
+use super::scene::{Cast, Outcome, Scene, Stage, cpu, longest_ns};
 
 /// One iteration's part of a row.
 struct Iteration {
@@ -54,12 +54,9 @@ pub(super) fn run(stage: &Stage<'_>) -> Result<bool, Refusal> {
 
 fn case(stage: &Stage<'_>, cast: Cast) -> Result<bool, Refusal> {
     let params = stage.params;
-    // Nobody asks how long setting up and clearing away takes: a clock need not be exact then.
-    arch::hint_unmeasured();
     let scene = stage.open(cast)?;
-    arch::hint_measured();
-    let (populated, populate_ns) = timed(|| scene.perform(|vcpu| populate(params, &scene, vcpu)));
-    populated?;
+    let (populated, populate_ns) = timed(|| scene.perform(|vcpu| populate(&scene, vcpu)));
+    let populate_vcpu_ns = longest_ns(&populated?);
     let failed = |error| alloc::format!("dirty logging: {error}");
     let (enabled, enable_ns) = timed(|| {
         scene
@@ -92,6 +89,7 @@ fn case(stage: &Stage<'_>, cast: Cast) -> Result<bool, Refusal> {
         good &= iteration.sets.lost == 0;
         let phases = [
             ("populate_ns", populate_ns),
+            ("populate_vcpu_ns", populate_vcpu_ns),
             ("enable_ns", enable_ns),
             ("disable_ns", disable_ns),
         ];
@@ -137,10 +135,9 @@ fn iterate(params: &Params, scene: &Scene, number: u64) -> Result<Iteration, Ref
     }
     let fault_insn = fault_cost(params, &outcomes, &again, &counts);
     let sets = Comparison::of(&written, &reported);
-    let longest = outcomes.iter().map(|outcome| outcome.ticks).max();
     Ok(Iteration {
         dirty_ns,
-        vcpu_ns: nanoseconds(longest.unwrap_or(0)),
+        vcpu_ns: longest_ns(&outcomes),
         get_ns,
         clear_ns,
         sets,
@@ -167,17 +164,11 @@ fn fault_cost(
         .then(|| nanoseconds(extra) / faults)
 }
 
-fn populate(params: &Params, scene: &Scene, vcpu: usize) -> Command {
-    let pages = pages(params, scene);
+fn populate(scene: &Scene, vcpu: usize) -> Command {
     Command {
         op: op::PASS,
-        args: [scene.region(vcpu), pages, PAGE_BYTES, 100, 0],
+        args: [scene.region(vcpu), scene.pages_each, PAGE_BYTES, 100, 0],
     }
-}
-
-/// Pages that each vCPU goes over.
-fn pages(params: &Params, scene: &Scene) -> u64 {
-    (scene.cast.region_bytes / PAGE_BYTES).min(params.pages)
 }
 
 fn pass(params: &Params, scene: &Scene, vcpu: usize, iteration: u64, log: u64) -> Command {
@@ -187,7 +178,7 @@ fn pass(params: &Params, scene: &Scene, vcpu: usize, iteration: u64, log: u64) -
         .wrapping_add(iteration << 8)
         .wrapping_add(vcpu as u64)
         & u64::from(u32::MAX);
-    let steps = (pages(params, scene) * PAGE_BYTES / params.stride).max(1);
+    let steps = (scene.pages_each * PAGE_BYTES / params.stride).max(1);
     let value = iteration & u64::from(u32::MAX);
     Command {
         op: op::PASS,

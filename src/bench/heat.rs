@@ -168,10 +168,9 @@ fn error((window, ppm): (&u8, u64)) -> (&'static str, u64) {
 
 /// Every vCPU writes all of its region.
 pub(super) fn populate(scene: &Scene) -> Result<(), Refusal> {
-    let pages = scene.cast.region_bytes / PAGE_BYTES;
     scene.perform(|vcpu| Command {
         op: op::PASS,
-        args: [scene.region(vcpu), pages, PAGE_BYTES, 100, 3],
+        args: [scene.region(vcpu), scene.pages_each, PAGE_BYTES, 100, 3],
     })?;
     Ok(())
 }

@@ -12,10 +12,10 @@ use crate::mmu::{Locking, PageSet};
 use crate::vm::Command;
 
 use super::Refusal;
-use super::clock::{Counts, Moment, nanoseconds};
+use super::clock::{Counts, Moment};
 use super::cycle::count;
 use super::report::{Row, progress};
-use super::scene::{Outcome, Scene, Stage, cpu, refused};
+use super::scene::{Outcome, Scene, Stage, cpu, longest_ns, refused};
 
 /// Ten microseconds each, between two harvests.
 const NAPS: u64 = 5;
@@ -88,11 +88,6 @@ fn row(stage: &Stage<'_>, case: &str, vcpus: usize, locking: Locking) -> Row {
         .word("locking", locking.name())
 }
 
-fn longest(outcomes: &[Outcome]) -> u64 {
-    let ticks = outcomes.iter().map(|outcome| outcome.ticks);
-    nanoseconds(ticks.max().unwrap_or(0))
-}
-
 /// All vCPUs add to one word.
 fn one_word(stage: &Stage<'_>, vcpus: usize) -> Result<(), Refusal> {
     let scene = stage.open(stage.cast(Locking::Lockless, vcpus))?;
@@ -110,7 +105,7 @@ fn one_word(stage: &Stage<'_>, vcpus: usize) -> Result<(), Refusal> {
     let adds = rounds * vcpus as u64;
     row(stage, "one word", vcpus, Locking::Lockless)
         .value("adds", adds)
-        .share("ns_per_add", longest(&outcomes), adds)
+        .share("ns_per_add", longest_ns(&outcomes), adds)
         .print();
     Ok(())
 }
@@ -135,7 +130,7 @@ fn write_faults(
     layout: Layout,
 ) -> Result<(), Refusal> {
     let scene = stage.open(stage.cast(locking, vcpus))?;
-    let pages = (scene.cast.region_bytes / PAGE_BYTES).min(stage.params.pages);
+    let pages = scene.pages_each;
     let pass = |vcpu: usize| layout.pass(&scene, vcpu, pages);
     let (first, mapped) = counted(&scene, pass)?;
     let enabled = scene.stage2().enable_logging(cpu(), scene.data, false);
@@ -147,12 +142,12 @@ fn write_faults(
     scene.close();
     row(stage, "populate", vcpus, locking)
         .word("layout", layout.name())
-        .value("vcpu_ns", longest(&first))
+        .value("vcpu_ns", longest_ns(&first))
         .value("faults_translation", count(&mapped, "faults_translation"))
         .print();
     row(stage, "write faults", vcpus, locking)
         .word("layout", layout.name())
-        .value("vcpu_ns", longest(&outcomes))
+        .value("vcpu_ns", longest_ns(&outcomes))
         .value("faults_permission", count(&counts, "faults_permission"))
         .value("pages_reported", written.len())
         .print();
@@ -162,7 +157,7 @@ fn write_faults(
 /// Each vCPU stores at random to its pages, first by itself, then while the controller reads and clears the log.
 fn harvest(stage: &Stage<'_>, vcpus: usize, locking: Locking) -> Result<(), Refusal> {
     let scene = stage.open(stage.cast(locking, vcpus))?;
-    let pages = (scene.cast.region_bytes / PAGE_BYTES).min(stage.params.pages);
+    let pages = scene.pages_each;
     scene.perform(|vcpu| Layout::Apart.pass(&scene, vcpu, pages))?;
     let enabled = scene.stage2().enable_logging(cpu(), scene.data, false);
     enabled.map_err(refused)?;

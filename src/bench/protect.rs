@@ -21,13 +21,16 @@ use super::comparison::Comparison;
 use super::cycle::{self, Call, Oddities, count};
 use super::params::{Timing, stride_name};
 use super::report::{Row, progress};
-use super::scene::{Cast, Scene, Stage};
-use super::verify::{logged, logged_sparsely};
+use super::scene::{Cast, Scene, Stage, longest_ns};
+use super::verify::{logged, logged_sparsely, steps};
 
 /// Calls under running vCPUs.
 const ROUNDS: u64 = 32;
 /// How long they run in between.
 const LEAD_NS: u64 = 5_000_000;
+/// As above under the parallel clock: there is no noise to be averaged away, and every CPU's work is done in turn.
+const PARALLEL_ROUNDS: u64 = 1;
+const PARALLEL_LEAD_NS: u64 = 20_000;
 const BLOCK: u64 = 2 << 20;
 
 /// How the vCPUs go over their memory.
@@ -42,6 +45,8 @@ enum Pass {
 /// What a pass came to.
 struct Passed {
     ns: u64,
+    /// Of the vCPU that took longest, by its own clock.
+    vcpu_ns: u64,
     counts: Vec<(&'static str, u64)>,
 }
 
@@ -212,7 +217,7 @@ impl Stopped {
     }
 
     fn pass(&self, pass: Pass) -> Result<Passed, Refusal> {
-        let steps = self.scene.cast.region_bytes / self.stride;
+        let steps = steps(&self.scene, self.stride);
         let (steps, stride, percent) = match pass {
             Pass::Read => (steps, self.stride, 0),
             Pass::Write => (steps, self.stride, 100),
@@ -231,9 +236,13 @@ impl Stopped {
                 ],
             })
         });
-        done?;
+        let vcpu_ns = longest_ns(&done?);
         let counts = before.since().collect();
-        Ok(Passed { ns, counts })
+        Ok(Passed {
+            ns,
+            vcpu_ns,
+            counts,
+        })
     }
 }
 
@@ -245,6 +254,7 @@ impl Passed {
         };
         let of = |event| count(&pass.counts, event);
         row.value(&format!("{name}_ns"), pass.ns)
+            .value(&format!("{name}_vcpu_ns"), pass.vcpu_ns)
             .value(
                 &format!("{name}_faults"),
                 of("faults_permission") + of("faults_translation"),
@@ -275,12 +285,16 @@ fn running(stage: &Stage<'_>, cast: Cast) -> Result<(), Refusal> {
     let scene = logged(stage, cast, false)?;
     cycle::prepare(&scene)?;
     scene.run_freely(stage.params.seed)?;
-    let calls = calls(&scene);
+    let (rounds, lead_ns) = match stage.params.timing {
+        Timing::Parallel => (PARALLEL_ROUNDS, PARALLEL_LEAD_NS),
+        Timing::Insn | Timing::Wall | Timing::Hw => (ROUNDS, LEAD_NS),
+    };
+    let calls = calls(&scene, rounds, lead_ns);
     let stores = scene.end_run()?;
     let (calls, oddities) = calls?;
     let row = row(stage, "running", &scene);
     scene.close();
-    let mean = |of: fn(&Call) -> u64| calls.iter().map(of).sum::<u64>() / ROUNDS;
+    let mean = |of: fn(&Call) -> u64| calls.iter().map(of).sum::<u64>() / rounds;
     let most = |of: fn(&Call) -> u64| calls.iter().map(of).max().unwrap_or(0);
     let sum = |event| calls.iter().map(|call| count(&call.counts, event)).sum();
     let mut acks: Vec<u64> = calls.iter().map(|call| call.ack_ns).collect();
@@ -288,7 +302,7 @@ fn running(stage: &Stage<'_>, cast: Cast) -> Result<(), Refusal> {
     let ack = |place: usize| acks.get(place).copied().unwrap_or(0);
     let work = |call: &Call| call.call_ns.saturating_sub(call.ack_ns);
     let row = row
-        .value("rounds", ROUNDS)
+        .value("rounds", rounds)
         .value("stores", stores)
         .value("call_ns", mean(|call| call.call_ns))
         .value("call_max_ns", most(|call| call.call_ns))
@@ -309,15 +323,18 @@ fn running(stage: &Stage<'_>, cast: Cast) -> Result<(), Refusal> {
     Ok(())
 }
 
-fn calls(scene: &Scene) -> Result<(Vec<Call>, Oddities), Refusal> {
+fn calls(scene: &Scene, rounds: u64, lead_ns: u64) -> Result<(Vec<Call>, Oddities), Refusal> {
     let mut oddities = Oddities::default();
     let mut calls = Vec::new();
-    for _ in 0..ROUNDS {
-        linger(LEAD_NS);
+    for round in 1..=rounds {
+        linger(lead_ns);
         let call = cycle::call(scene)?;
         oddities.note(scene, &call);
-        cycle::harvest(scene, &call)?;
-        oddities.unprepared += u64::from(cycle::prepare(scene)?.0.is_none());
+        // There is no next call otherwise.
+        if round < rounds {
+            cycle::harvest(scene, &call)?;
+            oddities.unprepared += u64::from(cycle::prepare(scene)?.0.is_none());
+        }
         calls.push(call);
     }
     Ok((calls, oddities))

@@ -16,11 +16,12 @@ use crate::mmu::{self, Bbm, Collapse, Level, Locking, PageSet, Policy, Split};
 use crate::vm::Command;
 
 use super::Refusal;
-use super::clock::{Counts, Moment, exit_times, measure_exits, timed};
+use super::clock::{Counts, exit_times, measure_exits, timed};
 use super::comparison::Comparison;
 use super::params::{Params, Timing, size_name, stride_name};
+use super::protect::linger;
 use super::report::{Row, progress};
-use super::scene::{Cast, Scene, Stage, cpu};
+use super::scene::{Cast, Scene, Stage, cpu, longest_ns};
 
 /// How the measured pass goes over memory.
 #[derive(Clone, Copy)]
@@ -41,10 +42,28 @@ const READ_MOSTLY: Workload = Workload {
     write_percent: 10,
 };
 
-/// How often logging begins and ends under running vCPUs.
-const ROUNDS: u64 = 16;
-/// How long they run in between.
-const LEAD_NS: u64 = 5_000_000;
+/// How often logging begins and ends under running vCPUs, and how long they run in between.
+#[derive(Clone, Copy)]
+struct Pace {
+    rounds: u64,
+    lead_ns: u64,
+}
+
+impl Pace {
+    /// The parallel clock has no noise to be averaged away, and every CPU's work is done in turn.
+    const fn of(timing: Timing) -> Self {
+        match timing {
+            Timing::Parallel => Self {
+                rounds: 1,
+                lead_ns: 20_000,
+            },
+            Timing::Insn | Timing::Wall | Timing::Hw => Self {
+                rounds: 16,
+                lead_ns: 5_000_000,
+            },
+        }
+    }
+}
 
 /// Event counts of a phase, by name.
 type Counted = Vec<(&'static str, u64)>;
@@ -85,7 +104,8 @@ struct End {
     collapse: Collapse,
     counts: Counted,
     leaves_changed: u64,
-    ram_changed: u64,
+    /// Nothing where time is all that is asked.
+    ram_changed: Option<u64>,
 }
 
 /// Every policy at every level, with every mode and vCPU count; false when something was lost or changed.
@@ -152,13 +172,14 @@ fn case(stage: &Stage<'_>, cast: Cast, workload: Workload) -> Result<bool, Refus
     let params = stage.params;
     let scene = populated(stage, cast)?;
     let leaves = scene.leaves();
+    arch::hint_measured();
     let eager = begin(&scene)?;
     // Under `insn` measuring would be part of what is measured.
     measure_exits(params.timing != Timing::Insn);
     let before = Counts::now();
     let (outcomes, dirty_ns) =
         timed(|| scene.perform(|vcpu| pass(params, &scene, vcpu, workload, flags::LOG)));
-    outcomes?;
+    let vcpu_ns = longest_ns(&outcomes?);
     let counts: Counted = before.since().chain(exit_times()).collect();
     measure_exits(false);
     let mut reported = PageSet::default();
@@ -168,13 +189,14 @@ fn case(stage: &Stage<'_>, cast: Cast, workload: Workload) -> Result<bool, Refus
     let mut taken = PageSet::default();
     let (cleared, clear_ns) = timed(|| clear(&scene, &mut taken));
     let late = cleared?;
-    let end = finish(&scene, &leaves)?;
+    let end = finish(stage, &scene, &leaves)?;
     scene.close();
     let total = |name: &str| count(&eager.counts, name) + count(&counts, name);
     let row = row(stage, workload.name, cast)
         .word("stride", stride_name(workload.stride))
         .param("write_percent", workload.write_percent)
         .value("dirty_ns", dirty_ns)
+        .value("vcpu_ns", vcpu_ns)
         .values((workload.stride == PAGE_BYTES).then_some(("read_mostly_ns", dirty_ns)))
         .value("get_ns", get_ns)
         .value("clear_ns", clear_ns)
@@ -199,19 +221,21 @@ fn case(stage: &Stage<'_>, cast: Cast, workload: Workload) -> Result<bool, Refus
 fn live(stage: &Stage<'_>, cast: Cast) -> Result<bool, Refusal> {
     let scene = populated(stage, cast)?;
     let leaves = scene.leaves();
+    arch::hint_measured();
     measure_exits(true);
     scene.run_freely(stage.params.seed)?;
-    let eager = rounds(&scene);
+    let pace = Pace::of(stage.params.timing);
+    let eager = rounds(&scene, pace);
     let stores = scene.end_run()?;
     let eager = eager?;
     let times: Counted = exit_times().collect();
     measure_exits(false);
-    let end = finish(&scene, &leaves)?;
+    let end = finish(stage, &scene, &leaves)?;
     scene.close();
     let name = |name: &str| TOTALS.contains(&name) || name.starts_with("faults_");
     let during = eager.counts.iter().copied();
     let row = row(stage, "live", cast)
-        .value("rounds", ROUNDS)
+        .value("rounds", pace.rounds)
         .value("stores", stores)
         .value("blocks_left", eager.split.left)
         .values(during.filter(|(event, _)| name(event)))
@@ -221,14 +245,14 @@ fn live(stage: &Stage<'_>, cast: Cast) -> Result<bool, Refusal> {
 }
 
 /// Begins logging again and again, and leaves it on; the sum of what was counted and the mean of what was timed.
-fn rounds(scene: &Scene) -> Result<Eager, Refusal> {
-    linger();
+fn rounds(scene: &Scene, pace: Pace) -> Result<Eager, Refusal> {
+    linger(pace.lead_ns);
     let mut sum = begin(scene)?;
-    for _ in 1..ROUNDS {
-        linger();
+    for _ in 1..pace.rounds {
+        linger(pace.lead_ns);
         let disabled = scene.stage2().disable_logging(cpu(), scene.data);
         disabled.map_err(failed)?;
-        linger();
+        linger(pace.lead_ns);
         let next = begin(scene)?;
         sum.enable_ns += next.enable_ns;
         sum.clear_first_ns = sum
@@ -240,10 +264,10 @@ fn rounds(scene: &Scene) -> Result<Eager, Refusal> {
             count.1 += more;
         }
     }
-    linger();
+    linger(pace.lead_ns);
     Ok(Eager {
-        enable_ns: sum.enable_ns / ROUNDS,
-        clear_first_ns: sum.clear_first_ns.map(|time| time / ROUNDS),
+        enable_ns: sum.enable_ns / pace.rounds,
+        clear_first_ns: sum.clear_first_ns.map(|time| time / pace.rounds),
         ..sum
     })
 }
@@ -252,6 +276,7 @@ fn rounds(scene: &Scene) -> Result<Eager, Refusal> {
 fn cost(stage: &Stage<'_>, bbm: Bbm, locking: Locking) -> Result<(), Refusal> {
     let cast = blocks(stage, Policy::Fault, bbm, locking, 1);
     let scene = populated(stage, cast)?;
+    arch::hint_measured();
     let everything = (cpu(), scene.data, 0, scene.pages());
     let (at, data, from, to) = everything;
     let before = Counts::now();
@@ -275,13 +300,13 @@ fn cost(stage: &Stage<'_>, bbm: Bbm, locking: Locking) -> Result<(), Refusal> {
     Ok(())
 }
 
-/// A scene whose memory every vCPU has written once.
+/// A scene whose memory every vCPU has written once; nothing was measured yet.
 fn populated(stage: &Stage<'_>, cast: Cast) -> Result<Scene, Refusal> {
     let scene = stage.open(cast)?;
-    let pages = cast.region_bytes / PAGE_BYTES;
+    arch::hint_unmeasured();
     scene.perform(|vcpu| Command {
         op: op::PASS,
-        args: [scene.region(vcpu), pages, PAGE_BYTES, 100, 7],
+        args: [scene.region(vcpu), scene.pages_each, PAGE_BYTES, 100, 7],
     })?;
     Ok(scene)
 }
@@ -322,11 +347,17 @@ fn clear(scene: &Scene, pages: &mut PageSet) -> Result<Split, Refusal> {
 }
 
 /// Disables logging, no vCPU running, and compares with what was before.
-fn finish(scene: &Scene, leaves: &[(Ipa, Level, Leaf)]) -> Result<End, Refusal> {
-    let hash = scene.hash()?;
+fn finish(stage: &Stage<'_>, scene: &Scene, leaves: &[(Ipa, Level, Leaf)]) -> Result<End, Refusal> {
+    // Only the call between is measured.
+    arch::hint_unmeasured();
+    let asked = stage.params.timing != Timing::Parallel;
+    let hash = || asked.then(|| scene.hash()).transpose();
+    let then = hash()?;
+    arch::hint_measured();
     let before = Counts::now();
     let (disabled, collapse_ns) = timed(|| scene.stage2().disable_logging(cpu(), scene.data));
     let counts = before.since().collect();
+    arch::hint_unmeasured();
     let collapse = disabled.map_err(failed)?;
     let now = scene.leaves();
     let differing = leaves.iter().zip(&now).filter(|(then, now)| then != now);
@@ -335,18 +366,23 @@ fn finish(scene: &Scene, leaves: &[(Ipa, Level, Leaf)]) -> Result<End, Refusal> 
         collapse,
         counts,
         leaves_changed: (differing.count() + leaves.len().abs_diff(now.len())) as u64,
-        ram_changed: u64::from(scene.hash()? != hash),
+        ram_changed: hash()?.zip(then).map(|(now, then)| u64::from(now != then)),
     })
 }
 
 fn unchanged(cast: Cast, end: &End) -> bool {
     let same = end.leaves_changed == 0 || cast.splitting.policy == Policy::FaultEmpty;
-    same && end.ram_changed == 0
+    same && end.ram_changed.unwrap_or(0) == 0
 }
 
 fn pass(params: &Params, scene: &Scene, vcpu: usize, workload: Workload, log: u64) -> Command {
     let seed = (params.seed + vcpu as u64) & u64::from(u32::MAX);
-    let steps = (scene.cast.region_bytes / workload.stride).max(1);
+    // One page of each block, or so many of the first pages.
+    let span = match workload.stride {
+        PAGE_BYTES => scene.pages_each * PAGE_BYTES,
+        _ => scene.cast.region_bytes,
+    };
+    let steps = (span / workload.stride).max(1);
     Command {
         op: op::PASS,
         args: [
@@ -356,14 +392,6 @@ fn pass(params: &Params, scene: &Scene, vcpu: usize, workload: Workload, log: u6
             workload.write_percent | log,
             seed << 32 | 1,
         ],
-    }
-}
-
-/// Lets vCPUs run for a while.
-fn linger() {
-    let start = Moment::now();
-    while start.elapsed_ns() < LEAD_NS {
-        arch::yield_now();
     }
 }
 
@@ -391,7 +419,7 @@ fn told(row: Row, eager: &Eager, end: &End) -> Row {
         .value("collapse_ns", end.collapse_ns)
         .value("tables_left", end.collapse.left)
         .value("leaves_changed", end.leaves_changed)
-        .value("ram_changed", end.ram_changed)
+        .values(end.ram_changed.map(|changed| ("ram_changed", changed)))
         .values(renamed(&eager.counts, &EAGER))
         .values(renamed(&end.counts, &COLLAPSING))
 }

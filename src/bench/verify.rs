@@ -79,7 +79,7 @@ pub(super) fn logged_sparsely(
     stride: u64,
 ) -> Result<Scene, Refusal> {
     let scene = stage.open(cast)?;
-    let steps = cast.region_bytes / stride;
+    let steps = steps(&scene, stride);
     scene.perform(|vcpu| Command {
         op: op::PASS,
         args: [scene.region(vcpu), steps, stride, 100, 7],
@@ -87,6 +87,11 @@ pub(super) fn logged_sparsely(
     let enabled = scene.stage2().enable_logging(cpu(), scene.data, all_set);
     enabled.map_err(|error| format!("dirty logging: {error}"))?;
     Ok(scene)
+}
+
+/// Pages that each vCPU goes over, one each `stride` bytes.
+pub(super) fn steps(scene: &Scene, stride: u64) -> u64 {
+    (scene.cast.region_bytes / stride).min(scene.pages_each)
 }
 
 /// Takes everything, in two ranges, as one who copies a large memory piece by piece does.
@@ -104,7 +109,7 @@ pub(super) fn clear(scene: &Scene) -> Result<PageSet, Refusal> {
 
 fn stopped(stage: &Stage<'_>, cast: Cast, all_set: bool) -> Result<bool, Refusal> {
     let scene = logged(stage, cast, all_set)?;
-    let steps = cast.region_bytes / PAGE_BYTES;
+    let steps = scene.pages_each;
     let mut sums = Comparison::default();
     if all_set {
         // Everything is reported once, whatever was written.

@@ -16,6 +16,7 @@ mod moving;
 mod options;
 mod protect;
 mod rows;
+mod scaling;
 mod split;
 mod starve;
 
@@ -129,6 +130,15 @@ impl Suite {
     }
 
     fn jobs(self, options: &Options, board: &Board) -> Result<Vec<Job>> {
+        let jobs = self.with_one_cost(options, board)?;
+        Ok(match self {
+            // It has a cost where none is named.
+            Self::Lines => jobs,
+            _ => scaling::with_costs(options, jobs),
+        })
+    }
+
+    fn with_one_cost(self, options: &Options, board: &Board) -> Result<Vec<Job>> {
         match self {
             Self::Dirty => dirty::jobs(options, board),
             Self::Fault => fault::jobs(options, board),
@@ -146,6 +156,11 @@ impl Suite {
     }
 
     fn report(self, rows: &[Row]) -> String {
+        let each = scaling::by_cost(rows);
+        each.iter().map(|rows| self.report_of(rows)).collect()
+    }
+
+    fn report_of(self, rows: &[Row]) -> String {
         match self {
             Self::Dirty => dirty::report(rows),
             Self::Fault => fault::report(rows),

@@ -4,6 +4,7 @@ use anyhow::Result;
 
 use super::options::Options;
 use super::rows::{cell, cpu, distinct, mean};
+use super::scaling::{self, Curve};
 use super::{Job, Row, unit};
 use crate::board::Board;
 use crate::machine::Timing;
@@ -168,7 +169,10 @@ fn machines<'a>(options: &'a Options, board: &Board, timing: Timing) -> Vec<(Str
     }
     match (named, timing) {
         (Some(model), _) => vec![(model, "auto")],
-        (None, Timing::Parallel) => vec![(board.machine.cpu.clone(), "hardware")],
+        (None, Timing::Parallel) => vec![
+            (board.machine.cpu.clone(), "hardware"),
+            (board.machine.cpu.clone(), "software"),
+        ],
         (None, Timing::Wall) => vec![
             (board.machine.cpu.clone(), "hardware"),
             (NO_FLAGS.to_owned(), "software"),
@@ -179,6 +183,27 @@ fn machines<'a>(options: &'a Options, board: &Board, timing: Timing) -> Vec<(Str
             (NO_FLAGS.to_owned(), "software"),
         ],
     }
+}
+
+/// What is told over numbers of vCPUs; of a pass the vCPU that takes longest, of `live` the mean.
+const CURVES: [Curve; 4] = [
+    ("phases", "write_idle_vcpu_ns", "writing idle memory"),
+    (
+        "phases",
+        "mark_read_idle_ns",
+        "marking all memory idle, all of it young",
+    ),
+    ("live", "without_vcpu_ns", "faulting memory in"),
+    (
+        "live",
+        "with_vcpu_ns",
+        "faulting memory in while it is aged",
+    ),
+];
+
+/// Who sets flags, and the mode.
+fn way(row: &Row) -> String {
+    format!("{}, {}", row.param("access_flag"), row.param("locking"))
 }
 
 const LINE: [&str; 4] = ["CPU", "access flag", "vCPUs", "locking"];
@@ -220,7 +245,10 @@ pub(super) fn report(rows: &[Row]) -> String {
             ),
             ("hot", "one page of 64 is written all the time"),
         ] {
-            text += &format!("\n{title}: who is idle?\n{}", precise(&of(case), timing));
+            let of = of(case);
+            if !of.is_empty() {
+                text += &format!("\n{title}: who is idle?\n{}", precise(&of, timing));
+            }
         }
         let (live, faults) = (of("live"), of("faults"));
         if !live.is_empty() {
@@ -234,6 +262,9 @@ pub(super) fn report(rows: &[Row]) -> String {
                 "\ninstructions of a fault (missing page, write to a logged one), with a pass every 64 faults; the difference is of all\n{}",
                 table(&faults, &FAULTS)
             );
+        }
+        if timing == Timing::Parallel {
+            text += &scaling::report(rows, &CURVES, way);
         }
     }
     text
@@ -349,7 +380,7 @@ pub(super) fn charts(rows: &[Row]) -> Vec<Chart> {
             series: series.collect(),
         }
     };
-    vec![
+    let mut charts = vec![
         chart("phases", "mark all memory idle", "microseconds", |row| {
             Some(row.value("mark_write_idle_ns")? / 1e3)
         }),
@@ -359,7 +390,10 @@ pub(super) fn charts(rows: &[Row]) -> Vec<Chart> {
             "times as long",
             ratio,
         ),
-    ]
+    ];
+    charts.retain(|chart| !chart.series.is_empty());
+    charts.extend(scaling::charts(rows, &CURVES, way));
+    charts
 }
 
 #[cfg(test)]

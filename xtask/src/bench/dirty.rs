@@ -4,6 +4,7 @@ use anyhow::Result;
 
 use super::options::Options;
 use super::rows::{cell, distinct, mean};
+use super::scaling::{self, Curve, by_cost, report as curves};
 use super::{Job, Row, unit};
 use crate::board::Board;
 use crate::machine::Timing;
@@ -33,10 +34,9 @@ const SHARED: (&str, &str) = ("shared lines", "shared_line_writes");
 pub(super) fn jobs(options: &Options, board: &Board) -> Result<Vec<Job>> {
     let vcpus = options.vcpus();
     let most = vcpus.iter().copied().max().unwrap_or(1);
-    let job = |(timing, cost): (Timing, Option<u32>)| {
+    let job = |timing: Timing| {
         let guest_mib = u64::from(most) * options.mib_per_vcpu(timing);
-        let mut machine = options.machine(board, most, guest_mib, timing)?;
-        machine.clock.line_cost = cost.unwrap_or(0);
+        let machine = options.machine(board, most, guest_mib, timing)?;
         let title = format!(
             "{} GICv{} timing {}",
             machine.cpu,
@@ -49,37 +49,18 @@ pub(super) fn jobs(options: &Options, board: &Board) -> Result<Vec<Job>> {
             machine,
         })
     };
-    let costs = |timing: Timing| match timing {
-        Timing::Parallel if !options.clock.line_cost.is_empty() => {
-            options.clock.line_cost.iter().copied().map(Some).collect()
-        }
-        _ => vec![None],
-    };
-    let each = |timing: Timing| costs(timing).into_iter().map(move |cost| (timing, cost));
-    options
-        .timing()
-        .into_iter()
-        .flat_map(each)
-        .map(job)
-        .collect()
+    options.timing().into_iter().map(job).collect()
 }
 
-/// Times and counts, for each timing and cost of shared lines.
+/// Populating, whose frames come from one allocator.
+const POPULATE: Curve = ("phases", "populate_vcpu_ns", "populating");
+
+fn locking(row: &Row) -> String {
+    row.param("locking")
+}
+
+/// Times and counts, for each timing.
 pub(super) fn report(rows: &[Row]) -> String {
-    by_cost(rows).iter().map(|rows| report_of(rows)).collect()
-}
-
-/// Rows of each cost of shared lines; what was not measured under the parallel clock has none.
-fn by_cost(rows: &[Row]) -> Vec<Vec<Row>> {
-    let of = |cost: String| {
-        let wanted = |row: &&Row| row.param("line_cost") == cost;
-        rows.iter().filter(wanted).cloned().collect()
-    };
-    let costs = distinct(rows, |row| row.param("line_cost"));
-    costs.into_iter().map(of).collect()
-}
-
-fn report_of(rows: &[Row]) -> String {
     let mut text = String::new();
     for timing in timings(rows) {
         let of: Vec<&Row> = rows
@@ -111,12 +92,9 @@ fn report_of(rows: &[Row]) -> String {
         };
         text += &times(rows, timing, scale);
         if timing == Timing::Parallel {
-            text += &format!(
-                "\na line taken from another CPU: {} instructions\n",
-                first.param("line_cost")
-            );
             text += "\nthe longest pass of a vCPU, in times that of one vCPU; T1: of one, for each fault; S: what of a fault is done one after the\nother (holding the lock and handing it over), from the smallest number of vCPUs that take as many times as long as the number before as they are\nmore, where that waits already; predicted: max(1, vCPUs x S / T1)\n";
-            text += &scaling(rows);
+            text += &bends(rows);
+            text += &curves(rows, &[POPULATE], locking);
         }
         text += "\ncounts of the write phase, mean of the iterations\n";
         text += &counts(rows, timing);
@@ -190,7 +168,7 @@ fn serialized(curve: &[(u32, f64, f64)]) -> Option<f64> {
 }
 
 /// A line for each mode and number of vCPUs, with what the serialized part predicts.
-fn scaling(rows: &[Row]) -> String {
+fn bends(rows: &[Row]) -> String {
     let mut table = Table::new(&[
         "locking",
         "vCPUs",
@@ -238,8 +216,8 @@ fn scaling(rows: &[Row]) -> String {
     table.left(&[0]).to_string()
 }
 
-/// The curves of [`scaling`], and KVM's beside them.
-fn scaling_chart(rows: &[Row]) -> Option<Chart> {
+/// The curves of [`bends`], and KVM's beside them.
+fn bends_chart(rows: &[Row]) -> Option<Chart> {
     let mut series = Vec::new();
     for mode in distinct(rows, |row| row.param("locking")) {
         let curve = curve(rows, &mode);
@@ -314,8 +292,10 @@ fn ratio(rows: &[&Row], above: &str, below: &str) -> Option<f64> {
 
 /// The write phase and the clear phase over vCPUs, a line for each mode.
 pub(super) fn charts(rows: &[Row]) -> Vec<Chart> {
-    let charts = by_cost(rows).into_iter();
-    charts.flat_map(|rows| charts_of(&rows)).collect()
+    let of_costs = by_cost(rows).into_iter();
+    let mut charts: Vec<Chart> = of_costs.flat_map(|rows| charts_of(&rows)).collect();
+    charts.extend(scaling::charts(rows, &[POPULATE], locking));
+    charts
 }
 
 fn charts_of(rows: &[Row]) -> Vec<Chart> {
@@ -323,7 +303,7 @@ fn charts_of(rows: &[Row]) -> Vec<Chart> {
     let charts = timings(rows)
         .into_iter()
         .flat_map(|timing| phases.map(|phase| chart(rows, timing, phase)));
-    charts.chain(scaling_chart(rows)).collect()
+    charts.chain(bends_chart(rows)).collect()
 }
 
 fn chart(rows: &[Row], timing: Timing, (key, name): (&str, &str)) -> Chart {

@@ -4,8 +4,10 @@ use anyhow::Result;
 
 use super::options::Options;
 use super::rows::{cell, distinct};
+use super::scaling::{self, Curve};
 use super::{Job, Row};
 use crate::board::Board;
+use crate::machine::Timing;
 use crate::plot::{Chart, Series};
 use crate::table::Table;
 
@@ -25,11 +27,19 @@ pub(super) fn jobs(options: &Options, board: &Board) -> Result<Vec<Job>> {
             machine: options.machine(board, most, u64::from(most) * MIB, timing)?,
             append: format!(
                 "{append} rounds={} receivers={}",
-                options.rounds, options.receivers
+                options.rounds(timing),
+                options.receivers
             ),
         })
     };
     options.timing().into_iter().map(job).collect()
+}
+
+/// What is told over numbers of vCPUs.
+const CURVES: [Curve; 2] = [("", "total_ns", "a round"), ("", "send_ns", "a send")];
+
+fn mode(row: &Row) -> String {
+    row.case.clone()
 }
 
 /// A table for each timing: a line for each mode and number of vCPUs.
@@ -64,6 +74,7 @@ pub(super) fn report(rows: &[Row]) -> String {
             table.left(&[0])
         );
     }
+    text += &scaling::report(rows, &CURVES, mode);
     text
 }
 
@@ -88,10 +99,11 @@ pub(super) fn charts(rows: &[Row]) -> Vec<Chart> {
                 .collect(),
         }
     };
-    distinct(rows, |row| row.timing.clone())
-        .into_iter()
-        .map(chart)
-        .collect()
+    let timings = distinct(rows, |row| row.timing.clone()).into_iter();
+    let others = timings.filter(|timing| timing != Timing::Parallel.name());
+    let mut charts: Vec<Chart> = others.map(chart).collect();
+    charts.extend(scaling::charts(rows, &CURVES, mode));
+    charts
 }
 
 #[cfg(test)]

@@ -21,7 +21,7 @@ pub(crate) struct Options {
     /// Guest memory that each vCPU writes [default: 16; under timing parallel 2]
     #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u64).range(2..))]
     pub(crate) mib_per_vcpu: Option<u64>,
-    /// Pages of that which each vCPU goes over in suite dirty [default: all; under timing parallel 64]
+    /// Pages of that which each vCPU goes over in suites dirty, split, protect and age [default: all; under timing parallel 64]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_048_576))]
     pub(crate) pages: Option<u32>,
     /// Rounds of write, get, clear [default: 5; under timing parallel 1]
@@ -110,9 +110,9 @@ pub(crate) struct Options {
     /// Lengths of an epoch in suite checkpoint, in microseconds
     #[arg(long, value_delimiter = ',', default_value = "1000,10000,100000", value_name = "US,..", value_parser = clap::value_parser!(u32).range(1..=10_000_000))]
     pub(crate) epoch_us: Vec<u32>,
-    /// Rounds of each mode of suite ipi
-    #[arg(long, default_value_t = 100_000, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_048_576))]
-    pub(crate) rounds: u32,
+    /// Rounds of each mode of suite ipi [default: 100000; under timing parallel 50]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_048_576))]
+    pub(crate) rounds: Option<u32>,
     /// What those do who receive interrupts in suite ipi: sleeping, running
     #[arg(long, default_value = "sleeping", value_parser = ["sleeping", "running"], value_name = "HOW")]
     pub(crate) receivers: String,
@@ -196,6 +196,12 @@ impl Options {
     fn iterations(&self, timing: Timing) -> u32 {
         let few = timing == Timing::Parallel && !self.full;
         self.iterations.unwrap_or(if few { 1 } else { 5 })
+    }
+
+    /// Rounds of suite ipi.
+    pub(crate) fn rounds(&self, timing: Timing) -> u32 {
+        let few = timing == Timing::Parallel && !self.full;
+        self.rounds.unwrap_or(if few { 50 } else { 100_000 })
     }
 
     fn pages(&self, timing: Timing) -> Option<u32> {

@@ -5,6 +5,7 @@ use anyhow::Result;
 
 use super::options::{Locking, Options};
 use super::rows::{cell, cpu, distinct};
+use super::scaling::{self, Curve};
 use super::{Job, Row, unit};
 use crate::board::Board;
 use crate::machine::Timing;
@@ -91,12 +92,13 @@ const RUNNING_COUNTS: [Column; 4] = [
 
 /// One vCPU with instructions counted, and several with real concurrency, on memory of pages and of blocks.
 pub(super) fn jobs(options: &Options, board: &Board) -> Result<Vec<Job>> {
-    let backings = match options.backing.is_empty() {
-        true => vec!["4k".to_owned(), "2m".to_owned()],
-        false => options.backing.clone(),
-    };
     let mut jobs = Vec::new();
     for timing in options.timing() {
+        let backings = match timing {
+            _ if !options.backing.is_empty() => options.backing.clone(),
+            Timing::Parallel if !options.full => vec!["4k".to_owned()],
+            _ => vec!["4k".to_owned(), "2m".to_owned()],
+        };
         for backing in &backings {
             jobs.push(job(options, board, timing, backing)?);
         }
@@ -132,16 +134,26 @@ fn job(options: &Options, board: &Board, timing: Timing, backing: &str) -> Resul
         _ if !options.mib.is_empty() => &options.mib,
         (Timing::Insn, false) => &[256, 1024],
         (Timing::Insn, true) => &[256, 1024, 4096],
-        (Timing::Wall | Timing::Parallel, false) => &[256],
-        (Timing::Wall | Timing::Parallel, true) => &[256, 1024],
+        // A block for each vCPU, so that all have the same to do.
+        (Timing::Parallel, _) => &[2],
+        (Timing::Wall, false) => &[256],
+        (Timing::Wall, true) => &[256, 1024],
     };
     let mut options = possible(options, board);
     options.backing = vec![backing.to_owned()];
     if options.bbm.is_empty() && backing != "4k" && LEVEL_2.contains(&model(&options, board)) {
-        options.bbm = vec!["2".to_owned(), "0".to_owned()];
+        options.bbm = match timing {
+            Timing::Parallel if !options.full => vec!["2".to_owned()],
+            _ => vec!["2".to_owned(), "0".to_owned()],
+        };
     }
     let most = vcpus.iter().copied().max().unwrap_or(1);
-    let largest = sizes.iter().copied().max().unwrap_or(0);
+    let largest = sizes
+        .iter()
+        .copied()
+        .max()
+        .unwrap_or(0)
+        .max(2 * u64::from(most));
     // Every vCPU's part is made of whole blocks; 1 GiB leaves want whole gigabytes wherever they can be aligned.
     let spare = if backing == "1g" { 2048 } else { 512 };
     let need = largest + largest / 4 + 4 * u64::from(most) + spare;
@@ -255,8 +267,36 @@ pub(super) fn report(rows: &[Row]) -> String {
                 growth(&[stopped, sparse].concat())
             );
         }
+        if timing == Timing::Parallel {
+            text += &scaling::report(&sorted(rows.iter()), &CURVES, way);
+        }
     }
     text
+}
+
+/// What is told over numbers of vCPUs; of a pass the vCPU that takes longest.
+const CURVES: [Curve; 5] = [
+    ("stopped", "call_mean_ns", "the call, vCPUs asleep"),
+    ("running", "call_ns", "the call, vCPUs running"),
+    (
+        "running",
+        "ack_ns",
+        "from the first kick to the last acknowledgement",
+    ),
+    ("stopped", "read_vcpu_ns", "reading all after the call"),
+    ("stopped", "rewrite_vcpu_ns", "rewriting all after the call"),
+];
+
+/// The engine with its leaves.
+fn way(row: &Row) -> String {
+    let mut words = format!("{}, {}", row.param("backing"), engine(row));
+    if row.param("locking") != Locking::Lockless.name() {
+        words += &format!(", {}", row.param("locking"));
+    }
+    if row.param("engine") == "swap" {
+        words += &format!(", bbm {}", row.param("bbm"));
+    }
+    words
 }
 
 /// Rows in the order of the tables.
@@ -421,7 +461,7 @@ fn growth(rows: &[Row]) -> String {
 /// The call, and rewriting everything after it, over memory; a line for each engine.
 pub(super) fn charts(rows: &[Row]) -> Vec<Chart> {
     let mut charts = Vec::new();
-    for timing in Timing::ALL {
+    for timing in [Timing::Insn, Timing::Wall] {
         let wanted = |row: &&Row| {
             row.timing == timing.name() && row.case == "stopped" && row.param("stride") != SPARSE
         };
@@ -446,6 +486,7 @@ pub(super) fn charts(rows: &[Row]) -> Vec<Chart> {
             }
         }
     }
+    charts.extend(scaling::charts(&sorted(rows.iter()), &CURVES, way));
     charts
 }
 

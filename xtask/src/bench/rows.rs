@@ -63,8 +63,12 @@ impl Row {
             Some(other) => other.to_string(),
             None => "?".to_owned(),
         };
+        let cost = match self.param("line_cost") {
+            cost if cost.is_empty() => cost,
+            cost => format!(", a line costs {cost}"),
+        };
         format!(
-            "{} {}, GICv{}, {} CPUs, {} MiB, QEMU {} on a host with {} CPUs",
+            "{} {}, GICv{}, {} CPUs, {} MiB, QEMU {} on a host with {} CPUs{cost}",
             word("board"),
             word("cpu"),
             word("gic"),

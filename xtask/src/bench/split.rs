@@ -4,6 +4,7 @@ use anyhow::Result;
 
 use super::options::{Locking, Options};
 use super::rows::{cell, cpu, distinct, mean};
+use super::scaling::{self, Curve};
 use super::{Job, Row, unit};
 use crate::board::Board;
 use crate::machine::Timing;
@@ -64,6 +65,10 @@ pub(super) fn jobs(options: &Options, board: &Board) -> Result<Vec<Job>> {
     let mut jobs = Vec::new();
     for (model, bbm) in models(options) {
         for timing in options.timing() {
+            // How it bends is no question of the model.
+            if timing == Timing::Parallel && options.cpu.is_none() && model != MODELS[0] {
+                continue;
+            }
             jobs.push(job(options, board, &model, &bbm, timing)?);
         }
     }
@@ -190,8 +195,30 @@ pub(super) fn report(rows: &[Row]) -> String {
         if !cost.is_empty() {
             text += &format!("\ninstructions, nothing running\n{}", costs(&cost));
         }
+        text += &scaling::report(&sorted(rows.iter()), &CURVES, way);
     }
     text
+}
+
+/// What is told over numbers of vCPUs; of a pass the vCPU that takes longest.
+const CURVES: [Curve; 3] = [
+    ("sparse", "vcpu_ns", "sparse pass, one page of each block"),
+    ("read-mostly", "vcpu_ns", "read-mostly pass"),
+    (
+        "live",
+        "exit_max_ns",
+        "longest exit while blocks are split and collapsed",
+    ),
+];
+
+/// The policy at its level, and the mode where several are measured.
+fn way(row: &Row) -> String {
+    ["splitting", "bbm", "locking"]
+        .map(|key| match key {
+            "bbm" => format!("bbm {}", row.param(key)),
+            _ => row.param(key),
+        })
+        .join(", ")
 }
 
 /// Rows in the order of the tables.
@@ -343,7 +370,12 @@ pub(super) fn charts(rows: &[Row]) -> Vec<Chart> {
             series: series(&of, key, scale),
         }
     };
-    charts.into_iter().map(chart).collect()
+    let mut charts: Vec<Chart> = charts.into_iter().map(chart).collect();
+    if wall.is_empty() {
+        charts.clear();
+    }
+    charts.extend(scaling::charts(&sorted(rows.iter()), &CURVES, way));
+    charts
 }
 
 fn series(rows: &[Row], key: &str, scale: f64) -> Vec<Series> {
