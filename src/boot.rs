@@ -147,6 +147,7 @@ fn share(
     shared: &'static cpus::Shared,
 ) -> Host {
     let cpus = percpu::all().len();
+    frames::prepare(cpus);
     let services = Services {
         quiescence: Domain::new(cpus),
         vmids: VmidAllocator::new(features.vmid_bits, cpus),

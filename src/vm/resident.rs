@@ -13,6 +13,7 @@ use crate::addr::{Ipa, Va};
 use crate::arch;
 use crate::arch::context::{El1, Exit, Frame, PSTATE_BTYPE};
 use crate::dev::gic::Irq;
+use crate::mem::frames;
 use crate::sync::percpu;
 use crate::sync::quiescence::CpuId;
 use crate::trace::Event;
@@ -230,6 +231,7 @@ impl<'a> Resident<'a> {
     /// Sleeps at EL2 until an interrupt comes, and takes it.
     fn sleep(&mut self) {
         self.vm.stage2.rest(self.cpu);
+        frames::refill();
         let begun = arch::counter();
         arch::wfi();
         let slept = arch::counter().wrapping_sub(begun);

@@ -15,6 +15,7 @@ use spin::Mutex;
 use crate::arch;
 use crate::dev::gic::Gic;
 use crate::dev::machine::MOST_CPUS;
+use crate::mem::frames;
 use crate::sync::percpu;
 use crate::vm::host::{self, Host};
 use crate::vm::resident;
@@ -198,6 +199,7 @@ fn wait_for_host() -> &'static Host {
 /// Sleeps until an interrupt is pending for this CPU, and takes it. Interrupts are masked, so one that arrives between
 /// the caller's last look at its work and the sleep ends the sleep at once.
 pub fn rest(gic: &Gic) {
+    frames::refill();
     arch::wfi();
     if let Some(irq) = gic.acknowledge() {
         // Its line would make the timer pending again at once.
