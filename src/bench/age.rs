@@ -11,6 +11,7 @@ use alloc::vec;
 use alloc::vec::Vec;
 
 use crate::addr::{Ipa, PAGE_BYTES, to_index};
+use crate::arch;
 use crate::guest::abi::{self, flags, op};
 use crate::mmu::{Aged, Error, Found, PageSet, Precision, Sighting};
 use crate::vm::Command;
@@ -122,8 +123,10 @@ fn phases(stage: &Stage<'_>, cast: Cast) -> Result<(), Refusal> {
         mark(&scene, Precision::Precise, |_| ());
         let again = mark(&scene, Precision::Precise, |_| ());
         again.told(row, "mark_marked").print();
-        // The next iteration marks what is young again.
-        populate(&scene)?;
+        if iteration < stage.params.iterations {
+            // It marks what is young again.
+            populate(&scene)?;
+        }
     }
     scene.close();
     Ok(())
@@ -285,29 +288,45 @@ fn hot_bits(scene: &Scene, part: Part, word: u64) -> u64 {
 
 /// vCPUs fault memory in, by turns with aging and without.
 fn live(stage: &Stage<'_>, cast: Cast) -> Result<(), Refusal> {
-    let (scene, other) = (stage.open(cast)?, stage.open(cast)?);
+    let scene = stage.open(cast)?;
+    // A host's caches are shared; the parallel clock knows none.
+    let shares = stage.params.timing != Timing::Parallel;
+    let other = shares.then(|| stage.open(cast)).transpose()?;
+    arch::hint_unmeasured();
     populate(&scene)?;
-    populate(&other)?;
+    other.iter().try_for_each(populate)?;
+    arch::hint_measured();
     let mut found = [const { Vec::new() }; 3];
     for _ in 0..stage.params.rounds {
         let turns = [Meanwhile::Sleeps, Meanwhile::AgesAnother, Meanwhile::Ages];
         for (meanwhile, rounds) in turns.into_iter().zip(&mut found) {
-            rounds.push(fault_in(&scene, &other, meanwhile)?);
+            let aged = match meanwhile {
+                Meanwhile::AgesAnother => other.as_ref(),
+                Meanwhile::Sleeps | Meanwhile::Ages => Some(&scene),
+            };
+            if let Some(aged) = aged {
+                rounds.push(fault_in(&scene, aged, meanwhile)?);
+            }
         }
     }
-    other.close();
+    other.into_iter().for_each(Scene::close);
     scene.close();
     let [without, elsewhere, with] = found;
+    let other_times = (!elsewhere.is_empty()).then(|| {
+        [
+            ("elsewhere_vcpu_ns", median(&elsewhere)),
+            ("elsewhere_least_ns", least(&elsewhere)),
+        ]
+    });
     let sum = |of: fn(&Populated) -> u64| with.iter().map(of).sum::<u64>();
     let passes = sum(|round| round.passes);
     row(stage, "live", cast, Precision::Precise)
         .param("rounds", stage.params.rounds)
         .value("without_vcpu_ns", median(&without))
-        .value("elsewhere_vcpu_ns", median(&elsewhere))
         .value("with_vcpu_ns", median(&with))
         .value("without_least_ns", least(&without))
-        .value("elsewhere_least_ns", least(&elsewhere))
         .value("with_least_ns", least(&with))
+        .values(other_times.into_iter().flatten())
         .value("passes", passes)
         .value("pass_ns", sum(|round| round.pass_ns) / passes.max(1))
         .value("leaves", sum(|round| round.leaves))
@@ -329,7 +348,7 @@ fn median(rounds: &[Populated]) -> u64 {
 }
 
 /// Takes all translations away and has every vCPU fault them in again.
-fn fault_in(scene: &Scene, other: &Scene, meanwhile: Meanwhile) -> Result<Populated, Refusal> {
+fn fault_in(scene: &Scene, aged: &Scene, meanwhile: Meanwhile) -> Result<Populated, Refusal> {
     unmap(scene)?;
     let mut found = Populated::default();
     let pages = scene.pages_each;
@@ -341,11 +360,6 @@ fn fault_in(scene: &Scene, other: &Scene, meanwhile: Meanwhile) -> Result<Popula
     });
     let running = |(now, done): (&u64, &u64)| now == done;
     while meanwhile != Meanwhile::Sleeps && scene.operations()?.iter().zip(&done).any(running) {
-        let aged = if meanwhile == Meanwhile::Ages {
-            scene
-        } else {
-            other
-        };
         let mark = mark(aged, Precision::Precise, |_| ());
         found.passes += 1;
         found.pass_ns += mark.ns;

@@ -284,7 +284,7 @@ impl Turn {
 fn running(stage: &Stage<'_>, cast: Cast) -> Result<(), Refusal> {
     let scene = logged(stage, cast, false)?;
     cycle::prepare(&scene)?;
-    scene.run_freely(stage.params.seed)?;
+    scene.run_freely_in(stage.params.seed, |_| (0, scene.pages_each))?;
     let (rounds, lead_ns) = match stage.params.timing {
         Timing::Parallel => (PARALLEL_ROUNDS, PARALLEL_LEAD_NS),
         Timing::Insn | Timing::Wall | Timing::Hw => (ROUNDS, LEAD_NS),

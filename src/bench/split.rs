@@ -223,7 +223,7 @@ fn live(stage: &Stage<'_>, cast: Cast) -> Result<bool, Refusal> {
     let leaves = scene.leaves();
     arch::hint_measured();
     measure_exits(true);
-    scene.run_freely(stage.params.seed)?;
+    scene.run_freely_in(stage.params.seed, |_| (0, scene.pages_each))?;
     let pace = Pace::of(stage.params.timing);
     let eager = rounds(&scene, pace);
     let stores = scene.end_run()?;

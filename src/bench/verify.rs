@@ -8,6 +8,7 @@ use alloc::format;
 use alloc::vec::Vec;
 
 use crate::addr::PAGE_BYTES;
+use crate::arch;
 use crate::guest::abi::{flags, op};
 use crate::mmu::{Level, PageSet};
 use crate::vm::Command;
@@ -80,10 +81,12 @@ pub(super) fn logged_sparsely(
 ) -> Result<Scene, Refusal> {
     let scene = stage.open(cast)?;
     let steps = steps(&scene, stride);
+    arch::hint_unmeasured();
     scene.perform(|vcpu| Command {
         op: op::PASS,
         args: [scene.region(vcpu), steps, stride, 100, 7],
     })?;
+    arch::hint_measured();
     let enabled = scene.stage2().enable_logging(cpu(), scene.data, all_set);
     enabled.map_err(|error| format!("dirty logging: {error}"))?;
     Ok(scene)
