@@ -4,6 +4,7 @@
 //! RAM that the tree grants --(less image, tree, reservations)--> frames --(1 MiB at a time)--> heap
 //!                                                                  |
 //!                                                                  +--> stacks, per-CPU blocks, tables, guest memory
+//!                                                                  +--(16 at a time)--> a CPU's stash --> tables
 //! ```
 //!
 //! EL2 maps all RAM at its own address, so owning a frame is owning the pointer to it. A frame is owned by whoever
