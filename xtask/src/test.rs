@@ -34,7 +34,7 @@ pub(crate) struct Args {
     /// Full sizes under QEMU; cases that passed are not run again for the same image (target/soak)
     #[arg(long)]
     soak: bool,
-    /// Every QEMU case that QEMU itself would start, behind a boot loader that leaves garbage everywhere
+    /// Every QEMU case that QEMU itself would start, behind a boot loader that leaves garbage everywhere; resumed like --soak
     #[arg(long)]
     hostile: bool,
     /// Only the QEMU cases whose name contains this

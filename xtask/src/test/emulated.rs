@@ -37,7 +37,7 @@ struct Bench {
 /// What the cases came to, written by whoever finishes one.
 struct Ledger {
     tally: Tally,
-    /// Under soak only.
+    /// Of the long runs only.
     record: Option<Record>,
 }
 
@@ -51,19 +51,22 @@ pub(super) fn run(soak: bool, hostile: bool, only: &str) -> Result<Tally> {
         bundles: Mutex::new(()),
     };
     let fingerprint = image::fingerprint(&bench.release.flat)?;
-    let record = soak.then(|| Record::load(fingerprint));
+    let record = (soak || hostile).then(|| Record::load(fingerprint, soak));
     let known = |case: &Case| {
         record
             .as_ref()
             .is_some_and(|record| record.knows(&case.name))
     };
-    let wanted = |case: &Case| case.name.contains(only) && !known(case);
     let mut cases = cases::all(&board, soak);
     if hostile {
         cases = cases.into_iter().filter_map(hostile::behind).collect();
     }
-    let wanted: Vec<Case> = cases.into_iter().filter(wanted).collect();
+    cases.retain(|case| case.name.contains(only));
+    let (before, wanted): (Vec<Case>, Vec<Case>) = cases.into_iter().partition(known);
     println!("{} cases under QEMU {}", wanted.len(), bench.qemu.version());
+    if !before.is_empty() {
+        println!("{} passed before, for the same image", before.len());
+    }
     let (alone, together): (Vec<Case>, Vec<Case>) = wanted.into_iter().partition(|case| case.alone);
     let ledger = Mutex::new(Ledger {
         tally: Tally::default(),

@@ -1,4 +1,4 @@
-//! What a soak run remembers, so that it can be stopped and taken up again: which cases passed for which image.
+//! What a long run remembers, so that it can be stopped and taken up again: which cases passed for which image.
 
 use std::fs;
 use std::path::PathBuf;
@@ -13,13 +13,21 @@ use crate::paths;
 pub(super) struct Record {
     image: u64,
     passed: Vec<String>,
+    /// Where it is kept.
+    #[serde(skip)]
+    file: PathBuf,
 }
 
 impl Record {
-    /// What is known about this image; nothing if the record is of another or cannot be read.
-    pub(super) fn load(image: u64) -> Self {
-        let text = fs::read_to_string(file()).unwrap_or_default();
-        Self::parse(&text, image)
+    /// What is known about this image, at full sizes or not; nothing if the record is of another or cannot be read.
+    pub(super) fn load(image: u64, soak: bool) -> Self {
+        let name = if soak { "state" } else { "hostile" };
+        let file = paths::target(&format!("soak/{name}.json"));
+        let text = fs::read_to_string(&file).unwrap_or_default();
+        Self {
+            file,
+            ..Self::parse(&text, image)
+        }
     }
 
     fn parse(text: &str, image: u64) -> Self {
@@ -28,7 +36,7 @@ impl Record {
             .filter(|record: &Self| record.image == image);
         read.unwrap_or(Self {
             image,
-            passed: Vec::new(),
+            ..Self::default()
         })
     }
 
@@ -40,12 +48,8 @@ impl Record {
     /// Remembers a case that passed.
     pub(super) fn add(&mut self, case: &str) -> Result<()> {
         self.passed.push(case.to_owned());
-        paths::write(&file(), serde_json::to_string(self)?)
+        paths::write(&self.file, serde_json::to_string(self)?)
     }
-}
-
-fn file() -> PathBuf {
-    paths::target("soak/state.json")
 }
 
 #[cfg(test)]
@@ -57,6 +61,7 @@ mod tests {
         let text = serde_json::to_string(&Record {
             image: 7,
             passed: vec!["a".into()],
+            ..Record::default()
         })
         .expect("it is JSON");
         assert!(Record::parse(&text, 7).knows("a"));
@@ -66,7 +71,7 @@ mod tests {
             Record::parse("torn", 8),
             Record {
                 image: 8,
-                passed: vec![]
+                ..Record::default()
             }
         );
     }
