@@ -295,7 +295,7 @@ fn live(stage: &Stage<'_>, cast: Cast) -> Result<(), Refusal> {
     arch::hint_unmeasured();
     populate(&scene)?;
     other.iter().try_for_each(populate)?;
-    arch::hint_measured();
+    scene.measured();
     let mut found = [const { Vec::new() }; 3];
     for _ in 0..stage.params.rounds {
         let turns = [Meanwhile::Sleeps, Meanwhile::AgesAnother, Meanwhile::Ages];

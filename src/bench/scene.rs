@@ -141,9 +141,9 @@ impl Stage<'_> {
     /// clock need not be exact then.
     pub(super) fn open(&self, cast: Cast) -> Result<Scene, Refusal> {
         arch::hint_unmeasured();
-        let scene = self.set_up(cast);
-        arch::hint_measured();
-        scene
+        let scene = self.set_up(cast)?;
+        scene.measured();
+        Ok(scene)
     }
 
     fn set_up(&self, cast: Cast) -> Result<Scene, Refusal> {
@@ -278,6 +278,12 @@ pub(super) fn cpu() -> CpuId {
 }
 
 impl Scene {
+    /// What follows is measured. Every vCPU waits for an operation, and is asleep by then, so that all begin alike.
+    pub(super) fn measured(&self) {
+        self.nap();
+        arch::hint_measured();
+    }
+
     /// The VM's stage 2.
     pub(super) fn stage2(&self) -> &Stage2 {
         self.vm.stage2()

@@ -172,7 +172,7 @@ fn case(stage: &Stage<'_>, cast: Cast, workload: Workload) -> Result<bool, Refus
     let params = stage.params;
     let scene = populated(stage, cast)?;
     let leaves = scene.leaves();
-    arch::hint_measured();
+    scene.measured();
     let eager = begin(&scene)?;
     // Under `insn` measuring would be part of what is measured.
     measure_exits(params.timing != Timing::Insn);
@@ -221,7 +221,7 @@ fn case(stage: &Stage<'_>, cast: Cast, workload: Workload) -> Result<bool, Refus
 fn live(stage: &Stage<'_>, cast: Cast) -> Result<bool, Refusal> {
     let scene = populated(stage, cast)?;
     let leaves = scene.leaves();
-    arch::hint_measured();
+    scene.measured();
     measure_exits(true);
     scene.run_freely_in(stage.params.seed, |_| (0, scene.pages_each))?;
     let pace = Pace::of(stage.params.timing);
@@ -276,7 +276,7 @@ fn rounds(scene: &Scene, pace: Pace) -> Result<Eager, Refusal> {
 fn cost(stage: &Stage<'_>, bbm: Bbm, locking: Locking) -> Result<(), Refusal> {
     let cast = blocks(stage, Policy::Fault, bbm, locking, 1);
     let scene = populated(stage, cast)?;
-    arch::hint_measured();
+    scene.measured();
     let everything = (cpu(), scene.data, 0, scene.pages());
     let (at, data, from, to) = everything;
     let before = Counts::now();
@@ -353,7 +353,7 @@ fn finish(stage: &Stage<'_>, scene: &Scene, leaves: &[(Ipa, Level, Leaf)]) -> Re
     let asked = stage.params.timing != Timing::Parallel;
     let hash = || asked.then(|| scene.hash()).transpose();
     let then = hash()?;
-    arch::hint_measured();
+    scene.measured();
     let before = Counts::now();
     let (disabled, collapse_ns) = timed(|| scene.stage2().disable_logging(cpu(), scene.data));
     let counts = before.since().collect();

@@ -86,7 +86,7 @@ pub(super) fn logged_sparsely(
         op: op::PASS,
         args: [scene.region(vcpu), steps, stride, 100, 7],
     })?;
-    arch::hint_measured();
+    scene.measured();
     let enabled = scene.stage2().enable_logging(cpu(), scene.data, all_set);
     enabled.map_err(|error| format!("dirty logging: {error}"))?;
     Ok(scene)

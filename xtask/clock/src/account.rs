@@ -52,6 +52,11 @@ impl Sharing {
         }
     }
 
+    /// Nobody has a copy of anything.
+    pub(crate) fn forget_lines(&mut self) {
+        self.lines.forget();
+    }
+
     /// What this CPU takes from now on is counted apart, or no longer.
     pub(crate) fn count_apart(&mut self, cpu: usize, apart: bool) {
         let me = 1 << cpu;

@@ -340,12 +340,20 @@ impl Clock {
         };
     }
 
-    /// Measuring starts or ends: whoever says so, and everybody else at the next turn, gets a new horizon.
+    /// Measuring starts or ends: whoever says so, and everybody else at the next turn, gets a new horizon. Nothing that was before
+    /// has an influence on what is measured: nobody who sleeps is ahead of whoever starts it, and lines are nobody's.
     pub(crate) fn measure(&self, cpu: usize, fine: bool) {
+        if fine && let Some(sharing) = self.sharing().as_mut() {
+            sharing.forget_lines();
+        }
+        let now = self.time(cpu);
         let mut shared = self.lock();
+        let time = match fine {
+            true => shared.schedule.align(now),
+            false => now,
+        };
         shared.schedule.measure(fine);
         self.measured.store(fine, Ordering::Relaxed);
-        let time = self.time(cpu);
         self.set(cpu, time, time);
     }
 

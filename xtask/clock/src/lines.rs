@@ -75,6 +75,11 @@ impl Lines {
         }
     }
 
+    /// Nobody has a copy of anything.
+    pub(crate) fn forget(&mut self) {
+        self.places.fill(EMPTY);
+    }
+
     /// The transfer that an access needs, if it needs one.
     pub(crate) fn access(&mut self, it: Use) -> Option<Transfer> {
         let number = it.address >> 6;
@@ -197,6 +202,15 @@ mod tests {
         }
         let each = clocks.iter().max().expect("eight") / rounds;
         assert!((143..=157).contains(&each), "{each}");
+    }
+
+    #[test]
+    fn what_was_forgotten_costs_nothing_again() {
+        let mut lines = Lines::new(150);
+        access(&mut lines, 0, 0x1000, true, 0);
+        lines.forget();
+        assert_eq!(access(&mut lines, 1, 0x1000, true, 10), None);
+        assert_eq!(access(&mut lines, 0, 0x1000, true, 20), Some(150));
     }
 
     #[test]

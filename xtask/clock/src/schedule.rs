@@ -109,6 +109,17 @@ impl Schedule {
         self.fine = fine;
     }
 
+    /// Everybody who sleeps gets as far as the furthest, a CPU at `now` among them; that time.
+    pub(crate) fn align(&mut self, now: u64) -> u64 {
+        let furthest = self.cpus.iter().map(|cpu| cpu.time).max();
+        let now = furthest.map_or(now, |furthest| furthest.max(now));
+        let asleep = |cpu: &&mut Cpu| cpu.state == State::Idle;
+        for cpu in self.cpus.iter_mut().filter(asleep) {
+            cpu.time = now;
+        }
+        now
+    }
+
     /// What a CPU does.
     pub(crate) fn state(&self, cpu: usize) -> State {
         self.cpus[cpu].state
@@ -279,6 +290,18 @@ mod tests {
         assert!(!schedule.wake(0, 9000));
         assert!(schedule.wake(1, 200));
         assert_eq!(schedule.time(1), 200);
+    }
+
+    #[test]
+    fn who_sleeps_when_measuring_starts_begins_with_the_others() {
+        let mut schedule = two_awake();
+        schedule.sleep(1, 40_000);
+        assert_eq!(schedule.align(700), 40_000);
+        assert_eq!((schedule.time(0), schedule.time(1)), (0, 40_000));
+        schedule.sleep(0, 40_010);
+        assert_eq!(schedule.align(50_000), 50_000);
+        assert!(schedule.wake(0, 50_100) && schedule.wake(1, 50_100));
+        assert_eq!((schedule.time(0), schedule.time(1)), (50_100, 50_100));
     }
 
     #[test]

@@ -64,7 +64,7 @@ impl Table<'_> {
         let mut lines = self.once(
             "parallel clock: a contended line moves once in what it costs, none where vCPUs write apart, and that repeats",
             9,
-            "suite=lines vcpus=8 locking=lockless mib=2 pages=64 rounds=300 iterations=1",
+            "suite=lines vcpus=8 locking=lockless,mutex mib=2 pages=64 rounds=300 iterations=1",
             lines_move,
         );
         lines.boots.extend(lines.boots.clone());
