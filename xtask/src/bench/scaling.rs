@@ -126,7 +126,7 @@ fn counts(rows: &[Row]) -> Vec<u32> {
     counts
 }
 
-/// Each way's time over vCPUs; of iterations the mean.
+/// Each way's time over vCPUs; of iterations the mean. What takes no time has no line.
 fn lines(
     rows: &[Row],
     (_, key, _): &Curve,
@@ -136,12 +136,14 @@ fn lines(
         let point = |count: u32| {
             let wanted = |row: &&Row| way(row) == name && vcpus(row) == count;
             let rows: Vec<&Row> = rows.iter().filter(wanted).collect();
-            Some((count, mean(&rows, key)?))
+            mean(&rows, key).map(|ns| (count, ns))
         };
-        let points = counts(rows).into_iter().filter_map(point).collect();
+        let points: Vec<(u32, f64)> = counts(rows).into_iter().filter_map(point).collect();
         (name, points)
     };
-    distinct(rows, way).into_iter().map(line).collect()
+    let all = distinct(rows, way).into_iter().map(line);
+    all.filter(|(_, points)| points.iter().all(|(_, ns)| *ns > 0.0))
+        .collect()
 }
 
 #[cfg(test)]
@@ -192,6 +194,11 @@ mod tests {
     #[test]
     fn one_number_of_vcpus_and_other_clocks_make_no_curve() {
         assert_eq!(report(&[of(1, 0, 1000)], &[PASS], locking), "");
+        let nothing = report(&[of(1, 0, 0), of(2, 0, 0)], &[PASS], locking);
+        assert!(
+            !nothing.contains("mutex") && !nothing.contains("NaN"),
+            "{nothing}"
+        );
         let mut wall = [of(1, 0, 1000), of(2, 0, 1000)];
         wall.iter_mut().for_each(|row| row.timing = "wall".into());
         assert_eq!(report(&wall, &[PASS], locking), "");
