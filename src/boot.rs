@@ -11,6 +11,7 @@ mod uefi;
 use alloc::boxed::Box;
 use alloc::string::{String, ToString};
 use alloc::sync::Arc;
+use alloc::vec::Vec;
 use core::fmt::Write;
 use core::ops::Range;
 
@@ -24,7 +25,7 @@ use vellum::dev::power;
 use vellum::dev::psci;
 use vellum::dev::serial::Serial;
 use vellum::dev::tree::{self, Tree};
-use vellum::mem::frames;
+use vellum::mem::{frames, ram};
 use vellum::mmu::{Format, Hardware, Permissions, Services, TlbFeatures, VmidAllocator, vmid};
 use vellum::sync::percpu;
 use vellum::sync::quiescence::Domain;
@@ -133,7 +134,7 @@ fn start_console(tree: &Tree<'_>) -> Option<Uart> {
 }
 
 fn take_interrupt_controller(machine: &Machine) -> Gic {
-    let affinities: alloc::vec::Vec<_> = machine.cpus.iter().map(|it| it.mpidr).collect();
+    let affinities: Vec<_> = machine.cpus.iter().map(|it| it.mpidr).collect();
     // SAFETY: the tree says where it is, the final map holds it, and this is its only driver.
     unsafe { Gic::new(&machine.gic, &affinities) }
         .unwrap_or_else(|error| panic::refuse(format_args!("{error}")))
@@ -235,12 +236,30 @@ fn introduce(
         machine.board,
         machine.cpus.len()
     );
+    introduce_nodes(machine);
     let at_exits = introduce_mitigations(machine, features, natures);
     console::line(format_args!(
         r#"{{"vellum":"machine","board":"{}","cpu":"{cpu}","cpus":{cpus},"memory_mib":{mib},"gic":{gic},"image_base":{},"at_exits":"{at_exits}","features":[{names}]}}"#,
         console::Escaped(&machine.board),
         arch::image_base()
     ));
+}
+
+/// Says what is in which NUMA node, where there are several.
+fn introduce_nodes(machine: &Machine) {
+    let ram = ram::divide(&machine.ram, &machine.memory_nodes);
+    let of_cpus = machine.cpus.iter().filter_map(|it| it.node);
+    let last = of_cpus.chain(ram.iter().filter_map(|it| it.1)).max();
+    for node in (0..=last.unwrap_or(0)).filter(|_| last > Some(0)) {
+        let here = machine.cpus.iter().filter(|it| it.node == Some(node));
+        let near = ram.iter().filter(|it| it.1 == Some(node));
+        let near: Vec<_> = near.map(|it| it.0.clone()).collect();
+        log::info!(
+            "NUMA node {node}: {} CPUs, {} MiB",
+            here.count(),
+            ram::bytes(&near) >> 20
+        );
+    }
 }
 
 /// Says what each CPU does against attacks on branch predictors, and returns what their exits do, in a word.

@@ -256,17 +256,129 @@ fn the_emulated_board_is_understood_with_either_interrupt_controller() {
 }
 
 #[test]
-fn processors_know_their_numa_node() {
+fn processors_and_memory_know_their_numa_node() {
     let nodes = |gic| {
-        read(&virt(gic))
-            .unwrap()
-            .cpus
-            .iter()
-            .map(|it| it.node)
-            .collect::<Vec<_>>()
+        let platform = read(&virt(gic)).unwrap();
+        let nodes: Vec<_> = platform.cpus.iter().map(|it| it.node).collect();
+        (nodes, platform.memory_nodes)
     };
-    assert_eq!(nodes(3), [Some(0), Some(1)]);
-    assert_eq!(nodes(2), [None, None]);
+    let range = |start, end| Pa::new(start)..Pa::new(end);
+    let memory = vec![
+        (range(0x4000_0000, 0x5000_0000), 0),
+        (range(0x5000_0000, 0x6000_0000), 1),
+    ];
+    assert_eq!(nodes(3), (vec![Some(0), Some(1)], memory));
+    assert_eq!(nodes(2), (vec![None, None], vec![]));
+}
+
+/// The emulated board's tables with this SRAT, and what is made of them.
+fn with_affinities(entries: &[u8]) -> Platform {
+    let (rsdp, mut tables) = virt(3);
+    let mut body = vec![1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    body.extend(entries);
+    *tables.table(b"SRAT") = table(b"SRAT", 3, ALTRA, &body);
+    read(&(rsdp, tables)).unwrap()
+}
+
+/// An SRAT entry of so many bytes for the processor `uid`.
+fn processor_near(bytes: u8, node: u32, uid: u32, flags: u32) -> Vec<u8> {
+    let mut entry = Vec::new();
+    fields!(entry, 3u8, bytes, node, uid, flags, 0u32);
+    entry.resize(bytes.into(), 0);
+    entry
+}
+
+/// An SRAT entry of so many bytes for memory.
+fn memory_near(bytes: u8, node: u32, start: u64, length: u64, flags: u32) -> Vec<u8> {
+    let mut entry = Vec::new();
+    fields!(
+        entry, 1u8, bytes, node, 0u16, start, length, 0u32, flags, 0u64
+    );
+    entry.resize(bytes.into(), 0);
+    entry
+}
+
+#[test]
+fn nodes_are_numbered_without_gaps_and_divide_the_memory_that_is_there() {
+    const ENABLED: u32 = 1;
+    const HOT_PLUGGABLE: u32 = 1 << 1;
+    let entries = [
+        processor_near(18, 40, 0, ENABLED),
+        processor_near(18, 7, 1, ENABLED),
+        // Of a processor that is none, and one that is not told.
+        processor_near(18, 3, 9, ENABLED),
+        processor_near(18, 2, 0, 0),
+        // What may be plugged in later is memory only as far as the memory map knows of it.
+        memory_near(40, 40, 0x7000_0000, 0x2000_0000, ENABLED | HOT_PLUGGABLE),
+        memory_near(40, 1, 0x9000_0000, 0x1000_0000, 0),
+        // The second one overlaps: the first counts.
+        memory_near(40, 7, 0x9800_0000, 0x2800_0000, ENABLED),
+        memory_near(40, 40, 0xa000_0000, 0x3000_0000, ENABLED),
+        memory_near(40, 99, 0xf0_0000_0000, 0x1000_0000, ENABLED | HOT_PLUGGABLE),
+        memory_near(40, 98, 0xd000_0000, 0, ENABLED),
+        // Longer than it is today, and of a kind that nobody knows.
+        memory_near(48, 5, 0xe000_0000, 0x1000_0000, ENABLED),
+        vec![0xee, 2],
+    ];
+    let platform = with_affinities(&entries.concat());
+    assert_eq!(platform.left_out, []);
+    let nodes: Vec<_> = platform.cpus.iter().map(|it| it.node).collect();
+    assert_eq!(nodes, [Some(40), Some(7)]);
+    let machine = machine(&platform);
+    assert_eq!(machine.ram, [Pa::new(0x8000_0000)..Pa::new(0x1_0000_0000)]);
+    let nodes: Vec<_> = machine.cpus.iter().map(|it| it.node).collect();
+    assert_eq!(nodes, [Some(2), Some(1)]);
+    let mut parts = machine.memory_nodes;
+    parts.sort_by_key(|it| it.0.start);
+    let range = |start, end| Pa::new(start)..Pa::new(end);
+    let wanted = [
+        (range(0x8000_0000, 0x9000_0000), 2),
+        (range(0x9800_0000, 0xc000_0000), 1),
+        (range(0xc000_0000, 0xd000_0000), 2),
+        (range(0xe000_0000, 0xf000_0000), 0),
+    ];
+    assert_eq!(parts, wanted);
+}
+
+#[test]
+fn a_table_that_is_not_needed_is_left_out_when_it_is_broken_and_that_is_said() {
+    let good = [
+        processor_near(18, 1, 0, 1),
+        memory_near(40, 1, 0x8000_0000, 0x1000_0000, 1),
+    ];
+    let good = good.concat();
+    let cases = [
+        (processor_near(13, 1, 1, 1), 48 + 58 + 10, Why::Length),
+        (memory_near(31, 1, 0, 0x1000, 1), 48 + 58 + 28, Why::Length),
+        (vec![1, 1], 48 + 58, Why::Length),
+        (vec![1, 41, 0], 48 + 58, Why::Length),
+        (vec![1], 48 + 58 + 1, Why::Length),
+        (
+            memory_near(40, 1, !0xfff, 0x2000, 1),
+            48 + 58 + 16,
+            Why::Range,
+        ),
+    ];
+    for (bad, offset, why) in cases {
+        let platform = with_affinities(&[good.clone(), bad].concat());
+        let said = Error {
+            table: *b"SRAT",
+            offset,
+            why,
+        };
+        assert_eq!(platform.left_out, [said]);
+        assert!(platform.cpus.iter().all(|it| it.node.is_none()));
+        assert_eq!(platform.memory_nodes, []);
+    }
+    assert_eq!(with_affinities(&good).left_out, []);
+    for signature in [b"SRAT", b"SPCR"] {
+        let (rsdp, mut tables) = virt(3);
+        tables.table(signature)[36] ^= 1;
+        let platform = read(&(rsdp, tables)).unwrap();
+        let said = platform.left_out.iter().map(|it| (it.table, it.why));
+        assert_eq!(said.collect::<Vec<_>>(), [(*signature, Why::Checksum)]);
+        assert!(platform.console.is_some(), "DBG2 has it too");
+    }
 }
 
 #[test]

@@ -13,6 +13,8 @@ struct Virt {
     cpus: u32,
     memory: Vec<(u64, u64)>,
     gic: u32,
+    /// For each piece of memory and as many CPUs its `numa-node-id`.
+    nodes: Vec<u32>,
     redistributors: Vec<(u64, u64)>,
     chosen: fn(&mut FdtWriter),
 }
@@ -23,6 +25,7 @@ impl Default for Virt {
             cpus: 2,
             memory: vec![(0x4000_0000, 0x2000_0000)],
             gic: 3,
+            nodes: vec![],
             redistributors: vec![(0x080a_0000, 0x00f6_0000)],
             chosen: |fdt| {
                 fdt.property_string("stdout-path", "/pl011@9000000")
@@ -58,10 +61,13 @@ impl Virt {
                 .unwrap();
                 fdt.property_string("method", "smc").unwrap();
             });
-            for &(start, bytes) in &self.memory {
+            for (number, &(start, bytes)) in self.memory.iter().enumerate() {
                 node(fdt, &format!("memory@{start:x}"), |fdt| {
                     fdt.property_string("device_type", "memory").unwrap();
                     fdt.property_array_u64("reg", &[start, bytes]).unwrap();
+                    if let Some(&node) = self.nodes.get(number) {
+                        fdt.property_u32("numa-node-id", node).unwrap();
+                    }
                 });
             }
             node(fdt, "reserved-memory", |fdt| {
@@ -106,6 +112,9 @@ impl Virt {
                     fdt.property_string("device_type", "cpu").unwrap();
                     fdt.property_string("enable-method", "psci").unwrap();
                     fdt.property_u32("reg", affinity).unwrap();
+                    if let Some(&node) = self.nodes.get(usize::try_from(cpu).unwrap()) {
+                        fdt.property_u32("numa-node-id", node).unwrap();
+                    }
                 });
             }
         });
@@ -165,12 +174,14 @@ fn a_virt_board_is_understood() {
             CpuInfo {
                 mpidr: 0,
                 psci: true,
-                spin_table: None
+                spin_table: None,
+                node: None
             },
             CpuInfo {
                 mpidr: 1,
                 psci: true,
-                spin_table: None
+                spin_table: None,
+                node: None
             }
         ]
     );
@@ -263,6 +274,28 @@ fn an_initial_ram_disk_is_not_free_memory() {
     assert_eq!(machine.initrd, Some(start..Pa::new(0x4800_1234)));
     // What it shares a page with is not free either.
     assert!(machine.reserved.contains(&(start..Pa::new(0x4800_2000))));
+}
+
+#[test]
+fn nodes_are_numbered_in_their_order_and_the_last_takes_those_that_are_too_many() {
+    let memory: Vec<_> = (0..20)
+        .map(|it| (0x4000_0000 + it * 0x1000_0000, 0x1000_0000))
+        .collect();
+    let machine = Virt {
+        cpus: 21,
+        memory,
+        nodes: (0..20).map(|it| 100 - it).collect(),
+        ..Default::default()
+    }
+    .machine()
+    .unwrap();
+    assert_eq!(machine.ram.len(), 1, "neighbours are joined all the same");
+    let of_cpus: Vec<_> = machine.cpus.iter().filter_map(|it| it.node).collect();
+    let of_memory: Vec<_> = machine.memory_nodes.iter().map(|it| it.1).collect();
+    let wanted: Vec<_> = (0..20_usize).map(|it| (19 - it).min(15)).collect();
+    assert_eq!((of_cpus, of_memory), (wanted.clone(), wanted));
+    assert_eq!(machine.cpus[20].node, None);
+    assert!(Virt::default().machine().unwrap().memory_nodes.is_empty());
 }
 
 #[test]

@@ -27,7 +27,7 @@ use super::Refusal;
 use super::clock::{Counts, Moment};
 use super::params::Console;
 use super::report::{Row, progress};
-use super::scene::{Cast, Stage, cpu, refused, reserve};
+use super::scene::{Cast, Stage, cpu, near, refused, reserve};
 use beneath::Beneath;
 
 /// What every kernel is told: a panic ends in a warm reset at once.
@@ -180,7 +180,8 @@ impl Machine {
         plan: &Plan<'_>,
     ) -> Result<Self, Refusal> {
         let mut memory = Vec::new();
-        let ram = reserve(&mut memory, target.ram_bytes, RAM.raw(), Level::L2)?;
+        let node = near(stage.host, Placement::Spread);
+        let ram = reserve(&mut memory, target.ram_bytes, RAM.raw(), Level::L2, node)?;
         let config = VmConfig {
             vcpus: cast.vcpus,
             placement: Placement::Spread,

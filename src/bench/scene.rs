@@ -152,8 +152,9 @@ impl Stage<'_> {
             (abi::LOGS - abi::RAM + cast.vcpus as u64 * log_bytes).next_multiple_of(BLOCK);
         let data_bytes = cast.region_bytes * cast.vcpus as u64;
         let mut memory = Vec::new();
-        let system = reserve(&mut memory, system_bytes, abi::RAM, Level::L2)?;
-        let mut data = reserve(&mut memory, data_bytes, abi::DATA, cast.backing)?;
+        let node = near(self.host, cast.placement);
+        let system = reserve(&mut memory, system_bytes, abi::RAM, Level::L2, node)?;
+        let mut data = reserve(&mut memory, data_bytes, abi::DATA, cast.backing, node)?;
         if cast.splitting.policy == Policy::FaultEmpty {
             keep_zeros(&mut data);
         }
@@ -218,19 +219,25 @@ impl Stage<'_> {
     }
 }
 
-/// A slot with host memory behind it, which `memory` owns.
+/// The NUMA node of the CPU on which a VM of this placement begins.
+pub(super) fn near(host: &Host, placement: Placement) -> usize {
+    placement.cpu_of(0, host.cpus()).map_or(0, percpu::node_of)
+}
+
+/// A slot with host memory behind it, of NUMA node `node` as far as that has any; `memory` owns it.
 pub(super) fn reserve(
     memory: &mut Vec<mem::Extent>,
     bytes: u64,
     ipa: u64,
     max_leaf: Level,
+    node: usize,
 ) -> Result<SlotConfig, Refusal> {
     let align = if max_leaf == Level::L1 {
         1 << 30
     } else {
         BLOCK
     };
-    let extents = frames::scattered(bytes, align)
+    let extents = frames::scattered(bytes, align, node)
         .ok_or_else(|| format!("not enough memory: {} MiB of guest do not fit", bytes >> 20))?;
     let backing = extents
         .iter()
@@ -287,6 +294,12 @@ impl Scene {
     /// The VM's stage 2.
     pub(super) fn stage2(&self) -> &Stage2 {
         self.vm.stage2()
+    }
+
+    /// Whether all of the VM's memory is of NUMA node `node`.
+    pub(super) fn is_of(&self, node: usize) -> bool {
+        let mut extents = self.memory.iter();
+        extents.all(|it| frames::node(it.pa) == node)
     }
 
     /// Pages of the logged memory.

@@ -4,12 +4,14 @@ use alloc::vec::Vec;
 
 use crate::addr::PAGE_BYTES;
 use crate::guest::abi::op;
+use crate::mem::frames;
 use crate::mmu::Locking;
-use crate::vm::Command;
+use crate::sync::percpu;
+use crate::vm::{Command, Placement};
 
 use super::Refusal;
 use super::report::Row;
-use super::scene::{Outcome, Scene, Stage, cpu};
+use super::scene::{Cast, Outcome, Scene, Stage, cpu};
 use super::verify::clear;
 
 const IPI_ROUNDS: u64 = 50;
@@ -48,7 +50,7 @@ pub(super) fn run(stage: &Stage<'_>) -> Result<bool, Refusal> {
             good &= judge_ends(stage, locking)?;
         }
     }
-    Ok(good)
+    Ok(good & judge_nodes(stage)?)
 }
 
 const PSCI_SYSTEM_OFF: u64 = 0x8400_0008;
@@ -75,6 +77,32 @@ fn judge_ends(stage: &Stage<'_>, locking: Locking) -> Result<bool, Refusal> {
         .value("checks", ends.len())
         .value("failed_mask", failed)
         .print();
+    Ok(failed == 0)
+}
+
+/// A VM that begins on a CPU has all its memory from the NUMA node of that CPU, for each node that has RAM and a CPU for
+/// guests. Bit `n` fails for node `n`. Machines without nodes have no row.
+fn judge_nodes(stage: &Stage<'_>) -> Result<bool, Refusal> {
+    let mut first: Vec<usize> = (1..stage.host.cpus()).collect();
+    first.retain(|&cpu| frames::has_node(percpu::node_of(cpu)));
+    first.dedup_by_key(|cpu| percpu::node_of(*cpu));
+    let mut failed = 0_u64;
+    for &cpu in &first {
+        let scene = stage.open(Cast {
+            placement: Placement::On(cpu),
+            ..stage.cast(Locking::Rwlock, 1)
+        })?;
+        let node = percpu::node_of(cpu);
+        failed |= u64::from(!scene.is_of(node)) << node;
+        scene.close();
+    }
+    if !first.is_empty() {
+        Row::new("selftest", "nodes", stage.params.timing.name())
+            .param("vcpus", 1)
+            .value("checks", first.len())
+            .value("failed_mask", failed)
+            .print();
+    }
     Ok(failed == 0)
 }
 

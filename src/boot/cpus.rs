@@ -22,7 +22,7 @@ use vellum::trace::ring::Mark;
 use vellum::vm::host::{self, Host};
 use vellum::{arch, panic};
 
-use super::memory::{Memory, Stacks, zeroed_page};
+use super::memory::{Memory, Stacks, zeroed_page_near};
 
 /// How long the other CPUs have to come up.
 const PATIENCE_SECONDS: u64 = 60;
@@ -142,10 +142,13 @@ fn list(machine: &Machine, memory: &Memory) -> Vec<Cpu> {
         .zip(stacks)
         .zip(0..)
         .map(|((found, stacks), argument)| {
+            let node = found.node.unwrap_or(0);
+            let number = u32::try_from(node).unwrap_or(0);
             let block = match stacks {
-                Some(stacks) => new_block(stacks, found.mpidr),
+                Some(stacks) => new_block(stacks, found.mpidr, node),
                 None => percpu::this(),
             };
+            block.node.store(number, Ordering::Relaxed);
             block.affinity.store(found.mpidr, Ordering::Relaxed);
             let address = core::ptr::from_ref(block).expose_provenance() as u64;
             let stack_top = stacks.map_or(0, Stacks::top);
@@ -167,9 +170,9 @@ fn list(machine: &Machine, memory: &Memory) -> Vec<Cpu> {
         .collect()
 }
 
-fn new_block(stacks: Stacks, affinity: u64) -> &'static CpuBlock {
+fn new_block(stacks: Stacks, affinity: u64, node: usize) -> &'static CpuBlock {
     const _: () = assert!(size_of::<CpuBlock>() <= 4096);
-    let Some(page) = zeroed_page() else {
+    let Some(page) = zeroed_page_near(node) else {
         panic::refuse(format_args!(
             "too little RAM: no page is left for CPU {affinity:#x}"
         ))

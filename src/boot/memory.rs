@@ -63,6 +63,9 @@ pub(super) struct Memory {
 /// Builds and activates the final map, and gives all usable RAM to the frames.
 pub(super) fn take_over(machine: &Machine, tree: Range<Pa>, uart: Option<Uart>) -> Memory {
     let image = arch::boot::image();
+    if !machine.memory_nodes.is_empty() {
+        frames::set_nodes(machine.memory_nodes.clone());
+    }
     let usable = usable(machine, &image, &tree);
     let others = machine.cpus.len() as u64 - 1;
     let workshop = open_workshop(&usable, TABLES_BYTES + others * STACKS_BYTES);
@@ -213,8 +216,16 @@ fn devices(gic: &Gic, uart: Option<Uart>) -> Vec<(Pa, u64)> {
 }
 
 /// A page of zeros that is never given back.
-pub(super) fn zeroed_page() -> Option<Pa> {
-    let page = frames::allocate()?;
+fn zeroed_page() -> Option<Pa> {
+    zeroed(frames::allocate()?)
+}
+
+/// As [`zeroed_page`], of NUMA node `node` if that has one.
+pub(super) fn zeroed_page_near(node: usize) -> Option<Pa> {
+    zeroed(frames::allocate_near(node)?)
+}
+
+fn zeroed(page: Pa) -> Option<Pa> {
     // SAFETY: the page is new and nobody refers to it.
     unsafe { arch::zero_page(page) };
     Some(page)

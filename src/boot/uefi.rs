@@ -122,6 +122,9 @@ impl Firmware<'_> {
                 let rsdp = self.table(ACPI_2);
                 let rsdp = rsdp.ok_or("firmware gives neither ACPI tables nor a device tree")?;
                 platform = Platform::new(rsdp, &described).map_err(|it| it.to_string())?;
+                for error in &platform.left_out {
+                    self.say(&format!("Vellum goes on without: {error}"));
+                }
                 Description::Acpi(&platform)
             }
         };

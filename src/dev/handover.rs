@@ -12,10 +12,11 @@ use core::ops::Range;
 use vm_fdt::{Error, FdtWriter};
 
 use super::acpi::Platform;
-use super::machine::{Gic, Uart};
+use super::machine::{self, Gic, Uart};
 use super::psci::Conduit;
 use super::tree::{Node, Tree};
 use crate::addr::Pa;
+use crate::mem::ram;
 
 const GIC_PHANDLE: u32 = 1;
 /// Kinds of interrupts in the GIC's binding.
@@ -74,7 +75,7 @@ fn of_tree(fdt: &mut FdtWriter, tree: &Tree<'_>, boot: &Boot<'_>) -> Result<(), 
     let cells = |name, usual| root.u32(name).unwrap_or(usual);
     memory(
         fdt,
-        boot.memory,
+        &ram::divide(boot.memory, &machine::memory_nodes(tree)),
         [cells("#address-cells", 2), cells("#size-cells", 1)],
     )?;
     let is_chosen = |it: &Node<'_, '_>| it.name().is_some_and(|(name, _)| name == "chosen");
@@ -135,7 +136,8 @@ fn of_platform(fdt: &mut FdtWriter, platform: &Platform, boot: &Boot<'_>) -> Res
     };
     fdt.property_string("method", method)?;
     fdt.end_node(psci)?;
-    memory(fdt, boot.memory, [2, 2])?;
+    let ranges = ram::divide(boot.memory, &platform.memory_nodes);
+    memory(fdt, &ranges, [2, 2])?;
     processors(fdt, platform)?;
     interrupt_controller(fdt, platform)?;
     let timer = fdt.begin_node("timer")?;
@@ -172,7 +174,7 @@ fn processors(fdt: &mut FdtWriter, platform: &Platform) -> Result<(), Error> {
         fdt.property_string("enable-method", "psci")?;
         fdt.property_u64("reg", found.mpidr)?;
         if let Some(node) = found.node {
-            fdt.property_u32("numa-node-id", node)?;
+            fdt.property_u32(machine::NODE, node)?;
         }
         fdt.end_node(cpu)?;
     }
@@ -245,8 +247,31 @@ fn interrupt(intid: u32) -> [u32; 3] {
     }
 }
 
-/// RAM in cells as the root counts them; what these cannot hold is left out.
-fn memory(fdt: &mut FdtWriter, ranges: &[Range<Pa>], cells: [u32; 2]) -> Result<(), Error> {
+/// RAM in cells as the root counts them, in a tree's node for each NUMA node and one for what is in none.
+fn memory(
+    fdt: &mut FdtWriter,
+    ranges: &[(Range<Pa>, Option<u32>)],
+    cells: [u32; 2],
+) -> Result<(), Error> {
+    let mut nodes: Vec<_> = ranges.iter().map(|&(_, node)| node).collect();
+    nodes.sort();
+    nodes.dedup();
+    for node in nodes {
+        let inside = ranges.iter().filter(|&&(_, it)| it == node);
+        let name = node.map_or_else(|| "memory".into(), |it| format!("memory-{it}"));
+        let opened = fdt.begin_node(&name)?;
+        fdt.property_string("device_type", "memory")?;
+        fdt.property("reg", &rows(inside.map(|(range, _)| range), cells))?;
+        if let Some(node) = node {
+            fdt.property_u32(machine::NODE, node)?;
+        }
+        fdt.end_node(opened)?;
+    }
+    Ok(())
+}
+
+/// `reg` of RAM; what the cells cannot hold is left out.
+fn rows<'a>(ranges: impl Iterator<Item = &'a Range<Pa>>, cells: [u32; 2]) -> Vec<u8> {
     /// What one cell can count, in whole pages.
     const PIECE: u64 = 1 << 31;
     let [of_address, of_size] = cells;
@@ -263,10 +288,7 @@ fn memory(fdt: &mut FdtWriter, ranges: &[Range<Pa>], cells: [u32; 2]) -> Result<
             at += bytes;
         }
     }
-    let node = fdt.begin_node("memory")?;
-    fdt.property_string("device_type", "memory")?;
-    fdt.property("reg", &reg)?;
-    fdt.end_node(node)
+    reg
 }
 
 fn number(value: u64, cells: u32) -> Option<Vec<u8>> {

@@ -10,7 +10,8 @@ use core::ops::Range;
 
 use super::psci::Conduit;
 use super::tree::{Node, Tree};
-use crate::addr::Pa;
+use crate::addr::{Pa, to_usize};
+use crate::mem::nodes::MOST_NODES;
 use crate::mem::ram;
 
 /// Most CPUs of one machine.
@@ -22,6 +23,9 @@ pub const LEAST_RAM_BYTES: u64 = 128 << 20;
 
 /// Name of the emulated machine.
 pub const QEMU_VIRT: &str = "qemu-virt";
+
+/// The property that names a NUMA node.
+pub(super) const NODE: &str = "numa-node-id";
 
 /// Affinity fields of MPIDR_EL1.
 pub(super) const AFFINITY: u64 = 0xff_00ff_ffff;
@@ -35,6 +39,8 @@ pub struct CpuInfo {
     pub psci: bool,
     /// Where it looks for its entry point, when firmware has parked it on a spin table.
     pub spin_table: Option<Pa>,
+    /// The NUMA node it is in, when the tree says that; see [`Machine::memory_nodes`].
+    pub node: Option<usize>,
 }
 
 /// The console.
@@ -118,6 +124,9 @@ pub struct Machine {
     pub cpus: Vec<CpuInfo>,
     /// All of RAM, sorted.
     pub ram: Vec<Range<Pa>>,
+    /// RAM and the NUMA node it is in, as far as the tree says. Nodes are numbered from 0 without gaps, in the order of the
+    /// tree's own numbers; all that are more than [`MOST_NODES`] count as the last.
+    pub memory_nodes: Vec<(Range<Pa>, usize)>,
     /// RAM that firmware keeps, and the initial RAM disk.
     pub reserved: Vec<Range<Pa>>,
     /// How firmware is called, when PSCI exists.
@@ -236,7 +245,8 @@ impl Machine {
         } else {
             MOST_CPUS
         };
-        let cpus = processors(tree);
+        let mut cpus = processors(tree);
+        let memory_nodes = number_nodes(&mut cpus, memory_nodes(tree));
         match cpus.len() {
             0 => return Err(Error::NoCpus),
             found if found > most => return Err(Error::ManyCpus(found, most)),
@@ -250,6 +260,7 @@ impl Machine {
             board: board(tree),
             cpus,
             ram,
+            memory_nodes,
             reserved,
             psci: conduit(tree),
             gic,
@@ -285,15 +296,46 @@ fn board(tree: &Tree<'_>) -> String {
 }
 
 fn memory(tree: &Tree<'_>) -> Vec<Range<Pa>> {
+    let mut ram: Vec<_> = banks(tree).map(|(range, _)| range).collect();
+    ram::sort(&mut ram);
+    ram
+}
+
+/// RAM of which the tree says in which NUMA node it is, by the tree's own numbers.
+pub(super) fn memory_nodes(tree: &Tree<'_>) -> Vec<(Range<Pa>, u32)> {
+    banks(tree)
+        .filter_map(|(range, node)| Some((range, node?)))
+        .collect()
+}
+
+/// Every piece of RAM, and its NUMA node.
+fn banks(tree: &Tree<'_>) -> impl Iterator<Item = (Range<Pa>, Option<u32>)> {
     let nodes = tree
         .nodes()
         .filter(|it| it.string("device_type") == Some("memory") && it.is_available());
-    let mut ram: Vec<_> = nodes
-        .flat_map(|it| it.regions())
-        .filter_map(|(start, bytes)| ram::whole_pages(start, bytes))
-        .collect();
-    ram::sort(&mut ram);
-    ram
+    nodes.flat_map(|node| {
+        let number = node.u32(NODE);
+        let ranges = node.regions().into_iter();
+        ranges.filter_map(move |(start, bytes)| Some((ram::whole_pages(start, bytes)?, number)))
+    })
+}
+
+/// NUMA nodes by position instead of the tree's own numbers, of which `cpus` have theirs so far.
+fn number_nodes(cpus: &mut [CpuInfo], memory: Vec<(Range<Pa>, u32)>) -> Vec<(Range<Pa>, usize)> {
+    let of_memory = memory.iter().map(|&(_, node)| to_usize(node.into()));
+    let of_cpus = cpus.iter().filter_map(|it| it.node);
+    let mut all: Vec<_> = of_cpus.chain(of_memory).collect();
+    all.sort();
+    all.dedup();
+    let position = |node| {
+        let found = all.iter().position(|&it| it == node);
+        found.map(|it| it.min(MOST_NODES - 1))
+    };
+    for cpu in cpus {
+        cpu.node = cpu.node.and_then(position);
+    }
+    let numbered = |(range, node): (_, u32)| Some((range, position(to_usize(node.into()))?));
+    memory.into_iter().filter_map(numbered).collect()
 }
 
 /// The reservation block and `/reserved-memory`, rounded outwards to pages.
@@ -328,6 +370,7 @@ fn processors(tree: &Tree<'_>) -> Vec<CpuInfo> {
                     .then(|| it.address("cpu-release-addr"))
                     .flatten()
                     .map(Pa::new),
+                node: it.u32(NODE).map(|it| to_usize(it.into())),
             })
         })
         .collect()

@@ -1,9 +1,12 @@
-//! Page frames: a buddy allocator over all usable RAM, and a stash of single frames for each CPU.
+//! Page frames: a buddy allocator over all usable RAM of each NUMA node, and a stash of single frames for each CPU.
 //!
 //! Those who fault memory in want tables, a frame at a time, all at once. The buddies' lock and lists would be what they wait for,
 //! so a CPU takes frames from its own stash and fills it by a whole block: when it is empty, and before the CPU sleeps
 //! ([`refill`]). What is released one by one goes there, too. A stash holds `STASHED` frames at most, and whoever finds the
 //! buddies without what it wants takes all stashes back first: memory is short only when nobody has it.
+//!
+//! Frames are of the node of the CPU that asks, or of a node that is named, as long as that has any, then of others. A stash takes
+//! no frame back that is another node's.
 //!
 //! Nobody holds a stash's lock together with the buddies' or another stash's.
 
@@ -12,16 +15,14 @@ use alloc::vec::Vec;
 use core::ops::Range;
 use core::sync::atomic::{AtomicUsize, Ordering};
 
-use buddy_system_allocator::FrameAllocator;
 use spin::{Mutex, Once};
 
 use super::TableFrames;
+use super::nodes::{Nodes, Parts, node_of, nodes_from};
 use crate::addr::{PAGE_BYTES, PAGE_SHIFT, Pa, to_usize};
 use crate::sync::padded::Padded;
 use crate::sync::percpu;
 
-/// Blocks of up to 2^32 pages.
-const ORDERS: usize = 33;
 /// Frames of a stash, at most.
 const STASHED: usize = 32;
 /// Frames that it is filled with at a time: one block.
@@ -44,7 +45,9 @@ pub struct Extent {
 
 /// Frames that nobody owns: those of the buddies, and those of the stashes.
 struct Frames {
-    buddies: Padded<Mutex<FrameAllocator<ORDERS>>>,
+    buddies: Padded<Mutex<Nodes>>,
+    /// Which RAM is whose node's, where there are several.
+    parts: Once<Parts>,
     /// The buddies' pages; behind the truth for a moment.
     free: Padded<AtomicUsize>,
     stashes: Once<Box<[Stash]>>,
@@ -54,6 +57,22 @@ struct Frames {
 #[derive(Debug)]
 #[repr(align(128))]
 struct Stash(Mutex<Vec<Pa>>);
+
+/// Says which RAM is whose node's: the first part that holds it counts, and what none holds is node 0's. Called once, by boot,
+/// before any is added, and only where something is said of nodes.
+pub fn set_nodes(parts: Parts) {
+    FRAMES.parts.call_once(|| parts);
+}
+
+/// The node that `pa` belongs to.
+pub fn node(pa: Pa) -> usize {
+    node_of(FRAMES.parts(), pa)
+}
+
+/// Whether some RAM is said to be node `node`'s.
+pub fn has_node(node: usize) -> bool {
+    FRAMES.parts().iter().any(|&(_, it)| it == node)
+}
 
 /// Adds RAM that nobody owns.
 ///
@@ -84,6 +103,12 @@ pub fn allocate() -> Option<Pa> {
     FRAMES.page(this_cpu())
 }
 
+/// One page, of `node` if that has one.
+pub fn allocate_near(node: usize) -> Option<Pa> {
+    let taken = FRAMES.buddies.lock().near(node, PAGE_BYTES, PAGE_BYTES);
+    Some(FRAMES.counted(taken)?.pa)
+}
+
 /// `bytes` bytes, rounded up to pages, at a multiple of `align_bytes`, a power of two.
 pub fn contiguous(bytes: u64, align_bytes: u64) -> Option<Extent> {
     FRAMES.contiguous(bytes, align_bytes)
@@ -92,15 +117,15 @@ pub fn contiguous(bytes: u64, align_bytes: u64) -> Option<Extent> {
 /// As [`contiguous`], or `None` when another CPU (or this one) is allocating. Stashes stay as they are.
 pub(super) fn contiguous_at_once(bytes: u64, align_bytes: u64) -> Option<Extent> {
     let mut buddies = FRAMES.buddies.try_lock()?;
-    let taken = contiguous_from(&mut buddies, bytes, align_bytes);
+    let taken = buddies.near(FRAMES.node_here(), bytes, align_bytes);
     drop(buddies);
     FRAMES.counted(taken)
 }
 
 /// `bytes` bytes in as few pieces as there are, each at and of a multiple of `align_bytes`, a power of two; what is
-/// left of `bytes` after those is rounded up.
-pub fn scattered(bytes: u64, align_bytes: u64) -> Option<Vec<Extent>> {
-    FRAMES.scattered(bytes, align_bytes)
+/// left of `bytes` after those is rounded up. They are of `node` as far as it has such pieces, however small.
+pub fn scattered(bytes: u64, align_bytes: u64, node: usize) -> Option<Vec<Extent>> {
+    FRAMES.scattered(bytes, align_bytes, node)
 }
 
 /// Takes memory back.
@@ -116,7 +141,8 @@ fn this_cpu() -> Option<usize> {
 impl Frames {
     const fn new() -> Self {
         Self {
-            buddies: Padded::new(Mutex::new(FrameAllocator::new())),
+            buddies: Padded::new(Mutex::new(Nodes::new())),
+            parts: Once::new(),
             free: Padded::new(AtomicUsize::new(0)),
             stashes: Once::new(),
         }
@@ -125,7 +151,19 @@ impl Frames {
     fn add(&self, range: Range<Pa>) {
         let pages = to_usize(range.start.page())..to_usize(range.end.page());
         self.free.fetch_add(pages.len(), Ordering::Relaxed);
-        self.buddies.lock().insert(pages);
+        self.buddies.lock().insert(range, self.parts());
+    }
+
+    fn parts(&self) -> &[(Range<Pa>, usize)] {
+        self.parts.get().map_or(&[], |parts| parts)
+    }
+
+    /// The node of the CPU this runs on. Where nothing is said of nodes a CPU need not have its block yet.
+    fn node_here(&self) -> usize {
+        match self.parts() {
+            [] => 0,
+            _ => percpu::node(),
+        }
     }
 
     fn prepare(&self, cpus: usize) {
@@ -203,7 +241,8 @@ impl Frames {
     }
 
     fn contiguous_from_buddies(&self, bytes: u64, align_bytes: u64) -> Option<Extent> {
-        let taken = contiguous_from(&mut self.buddies.lock(), bytes, align_bytes);
+        let node = self.node_here();
+        let taken = self.buddies.lock().near(node, bytes, align_bytes);
         self.counted(taken)
     }
 
@@ -215,34 +254,53 @@ impl Frames {
         taken
     }
 
-    fn scattered(&self, bytes: u64, align_bytes: u64) -> Option<Vec<Extent>> {
+    fn scattered(&self, bytes: u64, align_bytes: u64, node: usize) -> Option<Vec<Extent>> {
         let mut extents = Vec::new();
         let mut left = bytes.next_multiple_of(align_bytes);
-        let mut piece = left;
-        while left > 0 {
-            let last = piece <= align_bytes;
-            let taken = match last {
-                true => self.contiguous(piece.min(left), align_bytes),
-                // There are smaller pieces: no reason to empty stashes.
-                false => self.contiguous_from_buddies(piece.min(left), align_bytes),
-            };
-            match taken {
-                Some(extent) => {
-                    left -= extent.bytes;
-                    extents.push(extent);
-                }
-                None if !last => piece = (piece / 2).next_power_of_two().max(align_bytes),
-                None => {
-                    extents.into_iter().for_each(|it| self.give_back(it));
-                    return None;
-                }
+        for node in nodes_from(node) {
+            left = self.pieces(node, left, align_bytes, &mut extents);
+        }
+        if left > 0 && self.empty_stashes() {
+            for node in nodes_from(node) {
+                left = self.pieces(node, left, align_bytes, &mut extents);
             }
+        }
+        if left > 0 {
+            extents.into_iter().for_each(|it| self.give_back(it));
+            return None;
         }
         Some(extents)
     }
 
+    /// Up to `left` bytes of `node`'s alone, in pieces that get smaller; how many are missing then. Stashes stay as they are.
+    fn pieces(
+        &self,
+        node: usize,
+        mut left: u64,
+        align_bytes: u64,
+        extents: &mut Vec<Extent>,
+    ) -> u64 {
+        let mut piece = left;
+        while left > 0 {
+            let taken = self.buddies.lock().of(node, piece.min(left), align_bytes);
+            match self.counted(taken) {
+                Some(extent) => {
+                    left -= extent.bytes;
+                    extents.push(extent);
+                }
+                None if piece > align_bytes => {
+                    piece = (piece / 2).next_power_of_two().max(align_bytes);
+                }
+                None => return left,
+            }
+        }
+        left
+    }
+
     fn release(&self, cpu: Option<usize>, extent: Extent) {
-        let stash = self.stash(cpu).filter(|_| extent.bytes == PAGE_BYTES);
+        let near = || node_of(self.parts(), extent.pa) == self.node_here();
+        let stash = self.stash(cpu);
+        let stash = stash.filter(|_| extent.bytes == PAGE_BYTES && near());
         let kept = stash.is_some_and(|stash| {
             let mut frames = stash.0.lock();
             let room = frames.len() < STASHED;
@@ -260,7 +318,8 @@ impl Frames {
         let first = to_usize(extent.pa.page());
         let pages = first..first + to_usize(extent.bytes >> PAGE_SHIFT);
         self.free.fetch_add(pages.len(), Ordering::Relaxed);
-        give_back(&mut self.buddies.lock(), pages);
+        let node = node_of(self.parts(), extent.pa);
+        self.buddies.lock().give_back(node, pages);
     }
 
     /// Takes all stashes back; whether there was anything in them.
@@ -282,33 +341,6 @@ impl Frames {
             }
         }
         found
-    }
-}
-
-fn contiguous_from(
-    frames: &mut FrameAllocator<ORDERS>,
-    bytes: u64,
-    align_bytes: u64,
-) -> Option<Extent> {
-    let pages = to_usize(bytes.div_ceil(PAGE_BYTES));
-    let block = pages
-        .checked_next_power_of_two()?
-        .max(to_usize(align_bytes >> PAGE_SHIFT));
-    let first = frames.alloc(block)?;
-    give_back(frames, first + pages..first + block);
-    Some(Extent {
-        pa: Pa::new((first as u64) << PAGE_SHIFT),
-        bytes: (pages as u64) << PAGE_SHIFT,
-    })
-}
-
-/// Returns `pages` block by block, so that buddies join.
-fn give_back(frames: &mut FrameAllocator<ORDERS>, pages: Range<usize>) {
-    let mut at = pages.start;
-    while at < pages.end {
-        let order = at.trailing_zeros().min((pages.end - at).ilog2());
-        frames.dealloc(at, 1 << order);
-        at += 1 << order;
     }
 }
 
@@ -337,34 +369,7 @@ impl TableFrames for System {
 mod tests {
     use alloc::vec::Vec;
 
-    use super::{
-        BLOCK, Extent, FrameAllocator, Frames, ORDERS, PAGE_BYTES, Pa, STASHED, contiguous_from,
-        give_back,
-    };
-
-    #[test]
-    fn what_is_not_needed_of_a_block_stays_free() {
-        let mut frames = FrameAllocator::<ORDERS>::new();
-        frames.insert(0x400..0x800);
-        let extent = contiguous_from(&mut frames, 5 * 4096 - 1, 4096).unwrap();
-        assert_eq!(extent.bytes, 5 * 4096);
-        let rest = (0..)
-            .map_while(|_| contiguous_from(&mut frames, 4096, 4096))
-            .count();
-        assert_eq!(rest, 0x400 - 5);
-    }
-
-    #[test]
-    fn alignment_is_kept_and_buddies_join_again() {
-        let mut frames = FrameAllocator::<ORDERS>::new();
-        frames.insert(0x401..0x1000);
-        let extent = contiguous_from(&mut frames, 4096, 2 << 20).unwrap();
-        assert!(extent.pa.is_aligned(2 << 20));
-        let first = usize::try_from(extent.pa.page()).unwrap();
-        give_back(&mut frames, first..first + 1);
-        assert!(contiguous_from(&mut frames, 8 << 20, 8 << 20).is_some());
-        assert!(contiguous_from(&mut frames, 8 << 20, 8 << 20).is_none());
-    }
+    use super::{BLOCK, Extent, Frames, PAGE_BYTES, Pa, STASHED};
 
     const CPUS: usize = 4;
 
@@ -454,18 +459,49 @@ mod tests {
         frames.refill(Some(0));
         frames.refill(Some(1));
         let pieces = frames
-            .scattered(40 * PAGE_BYTES, PAGE_BYTES)
+            .scattered(40 * PAGE_BYTES, PAGE_BYTES, 0)
             .expect("it is there");
         assert_eq!(
             pieces.iter().map(|it| it.bytes).sum::<u64>(),
             40 * PAGE_BYTES
         );
-        assert!(frames.scattered(PAGE_BYTES, PAGE_BYTES).is_none());
+        assert!(frames.scattered(PAGE_BYTES, PAGE_BYTES, 0).is_none());
         pieces
             .into_iter()
             .for_each(|it| frames.release(Some(0), it));
-        assert!(frames.scattered(41 * PAGE_BYTES, PAGE_BYTES).is_none());
+        assert!(frames.scattered(41 * PAGE_BYTES, PAGE_BYTES, 0).is_none());
         assert_eq!(frames.free_pages(), 40);
+    }
+
+    #[test]
+    fn a_guest_gets_memory_of_its_node_first_and_stashes_keep_their_own() {
+        let range = |first, last| {
+            let page = |number: u64| Pa::new(0x40_0000 + number * PAGE_BYTES);
+            page(first)..page(last)
+        };
+        let frames = Frames::new();
+        frames.prepare(CPUS);
+        // Node 2 has room in small pieces only.
+        let parts = [range(0, 8), range(16, 24), range(32, 40)].map(|it| (it, 2));
+        frames.parts.call_once(|| parts.to_vec());
+        frames.add(range(0, 64));
+        let pieces = frames
+            .scattered(30 * PAGE_BYTES, PAGE_BYTES, 2)
+            .expect("it is there");
+        let of = |node| {
+            let here = pieces
+                .iter()
+                .filter(|it| super::node_of(frames.parts(), it.pa) == node);
+            here.map(|it| it.bytes / PAGE_BYTES).sum::<u64>()
+        };
+        assert_eq!((of(2), of(0)), (24, 6));
+        assert_eq!(frames.scattered(35 * PAGE_BYTES, PAGE_BYTES, 0), None);
+        assert_eq!(frames.free_pages(), 34);
+        // This CPU is of node 0.
+        for (pages, kept) in [(range(0, 1), 0), (range(8, 9), 1)] {
+            frames.release(Some(1), one(pages.start));
+            assert_eq!(frames.stashes()[1].0.lock().len(), kept);
+        }
     }
 
     #[test]

@@ -15,6 +15,7 @@
 
 pub mod frames;
 pub mod heap;
+pub mod nodes;
 pub mod ram;
 
 pub use frames::Extent;

@@ -55,6 +55,28 @@ pub fn subtract(ranges: &[Range<Pa>], hole: &Range<Pa>) -> Vec<Range<Pa>> {
         .collect()
 }
 
+/// `ranges` in pieces, each with what the first of `parts` that holds it says of it; sorted as `ranges` are.
+pub fn divide<T: Copy>(
+    ranges: &[Range<Pa>],
+    parts: &[(Range<Pa>, T)],
+) -> Vec<(Range<Pa>, Option<T>)> {
+    let mut pieces = Vec::new();
+    for range in ranges {
+        let mut rest = Vec::from([range.clone()]);
+        for (part, said) in parts {
+            let inside = rest
+                .iter()
+                .map(|it| it.start.max(part.start)..it.end.min(part.end));
+            pieces.extend(inside.map(|it| (it, Some(*said))));
+            rest = subtract(&rest, part);
+        }
+        pieces.extend(rest.into_iter().map(|it| (it, None)));
+    }
+    pieces.retain(|(it, _)| it.start < it.end);
+    pieces.sort_by_key(|(it, _)| it.start);
+    pieces
+}
+
 /// Whether two ranges share a byte.
 pub fn overlap(a: &Range<Pa>, b: &Range<Pa>) -> bool {
     a.start.max(b.start) < a.end.min(b.end)
@@ -62,7 +84,7 @@ pub fn overlap(a: &Range<Pa>, b: &Range<Pa>) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::{Pa, Range, bytes, covering_pages, overlap, sort, subtract, whole_pages};
+    use super::{Pa, Range, bytes, covering_pages, divide, overlap, sort, subtract, whole_pages};
 
     fn range(start: u64, end: u64) -> Range<Pa> {
         Pa::new(start)..Pa::new(end)
@@ -79,6 +101,28 @@ mod tests {
         assert_eq!(subtract(&ram, &range(0, 0x9000)), []);
         assert_eq!(subtract(&ram, &range(0x9000, 0xa000)), ram);
         assert_eq!(subtract(&ram, &range(0x0, 0x1000)), ram);
+    }
+
+    #[test]
+    fn ram_is_divided_by_the_first_part_that_holds_it() {
+        let ram = [range(0x1000, 0x5000), range(0x8000, 0x9000)];
+        let parts = [
+            (range(0x2000, 0x3000), 'a'),
+            (range(0x2000, 0x4000), 'b'),
+            (range(0x4800, 0x8800), 'c'),
+            (range(0, 0), 'd'),
+        ];
+        let pieces = [
+            (range(0x1000, 0x2000), None),
+            (range(0x2000, 0x3000), Some('a')),
+            (range(0x3000, 0x4000), Some('b')),
+            (range(0x4000, 0x4800), None),
+            (range(0x4800, 0x5000), Some('c')),
+            (range(0x8000, 0x8800), Some('c')),
+            (range(0x8800, 0x9000), None),
+        ];
+        assert_eq!(divide(&ram, &parts), pieces);
+        assert_eq!(divide::<()>(&ram, &[]), ram.map(|it| (it, None)));
     }
 
     #[test]

@@ -24,6 +24,8 @@ pub struct CpuBlock {
     pub mitigation: AtomicU64,
     /// Position of this CPU in the list of CPUs found at boot.
     pub index: AtomicU32,
+    /// The NUMA node it is in. Written once, before the CPU starts.
+    pub node: AtomicU32,
     /// MPIDR_EL1 affinity of this CPU.
     pub affinity: AtomicU64,
     /// What this CPU has counted.
@@ -68,6 +70,17 @@ pub fn publish(blocks: Vec<&'static CpuBlock>) {
 /// The blocks of all CPUs, by number; none before [`publish`].
 pub fn all() -> &'static [&'static CpuBlock] {
     BLOCKS.get().map_or(&[], |it| it.as_slice())
+}
+
+/// The NUMA node of the CPU this runs on; 0 where nothing was said of it.
+pub fn node() -> usize {
+    this().node.load(Ordering::Relaxed) as usize
+}
+
+/// The NUMA node of CPU `cpu`; 0 where nothing was said of it.
+pub fn node_of(cpu: usize) -> usize {
+    let block = all().get(cpu);
+    block.map_or(0, |it| it.node.load(Ordering::Relaxed) as usize)
 }
 
 /// Counts one `event` on this CPU.

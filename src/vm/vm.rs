@@ -90,7 +90,7 @@ pub enum Placement {
 
 impl Placement {
     /// The CPU, of `cpus`, that vCPU `index` begins on; `None`: there is none.
-    fn cpu_of(self, index: usize, cpus: usize) -> Option<usize> {
+    pub fn cpu_of(self, index: usize, cpus: usize) -> Option<usize> {
         match self {
             Self::Spread => Some(1 + index.checked_rem(cpus.checked_sub(1)?)?),
             Self::On(cpu) => Some(cpu).filter(|cpu| (1..cpus).contains(cpu)),

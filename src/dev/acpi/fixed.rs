@@ -1,6 +1,7 @@
 //! The tables of one layout: FADT, GTDT, SPCR, DBG2 and SRAT.
 
 use alloc::vec::Vec;
+use core::ops::Range;
 
 use super::raw::Table;
 use super::{Error, Why};
@@ -111,21 +112,38 @@ fn uart(kind: u16, space: u8, base: u64, intid: Option<u32>) -> Option<Uart> {
     })
 }
 
-/// SRAT: for each processor's identifier the NUMA node that it is in.
+/// What is in which NUMA node.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct Affinities {
+    /// Processors by their identifiers, and their nodes.
+    pub processors: Vec<(u32, u32)>,
+    /// Memory, and its nodes: as the table has it, in whatever order. Some may not be plugged in; which is there, the memory
+    /// map says.
+    pub memory: Vec<(Range<Pa>, u32)>,
+}
+
+/// SRAT: which processor and which memory is in which NUMA node.
 ///
 /// # Errors
 ///
-/// [`Why::Length`].
-pub fn processor_nodes(table: &Table<'_>) -> Result<Vec<(u32, u32)>, Error> {
+/// [`Why::Length`], [`Why::Range`].
+pub fn affinities(table: &Table<'_>) -> Result<Affinities, Error> {
     const FIRST_ENTRY: usize = 48;
+    const MEMORY_AFFINITY: u8 = 1;
     const GICC_AFFINITY: u8 = 3;
     const ENABLED: u32 = 1 << 0;
-    let mut nodes = Vec::new();
+    let mut found = Affinities::default();
     for entry in table.entries(FIRST_ENTRY) {
         let entry = entry?;
         if entry.kind == GICC_AFFINITY && entry.u32(10)? & ENABLED != 0 {
-            nodes.push((entry.u32(6)?, entry.u32(2)?));
+            found.processors.push((entry.u32(6)?, entry.u32(2)?));
+        }
+        if entry.kind == MEMORY_AFFINITY && entry.u32(28)? & ENABLED != 0 {
+            let (start, bytes) = (Pa::new(entry.u64(8)?), entry.u64(16)?);
+            let end = start.checked_add(bytes);
+            let end = end.ok_or(table.error(entry.at + 16, Why::Range))?;
+            found.memory.push((start..end, entry.u32(2)?));
         }
     }
-    Ok(nodes)
+    Ok(found)
 }

@@ -18,12 +18,13 @@ pub mod raw;
 use alloc::string::String;
 use alloc::vec::Vec;
 use core::fmt;
+use core::ops::Range;
 
 use super::machine::{Gic, Interrupts, Uart};
 use super::psci::Conduit;
 use crate::addr::Pa;
 pub use raw::Memory;
-use raw::Tables;
+use raw::{Table, Tables};
 
 /// Why tables cannot be used: which one, where, and what is wrong there.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -57,6 +58,8 @@ pub enum Why {
     NoGic,
     /// A timer's interrupt is no private one.
     NotPrivate(u32),
+    /// Memory that reaches beyond 64 bits.
+    Range,
 }
 
 impl fmt::Display for Error {
@@ -80,6 +83,7 @@ impl fmt::Display for Error {
             Why::NoCpus => write!(f, "no processor is enabled"),
             Why::NoGic => write!(f, "no interrupt controller that can virtualize"),
             Why::NotPrivate(intid) => write!(f, "interrupt {intid} of a timer is not private"),
+            Why::Range => write!(f, "memory reaches beyond 64 bits"),
         }
     }
 }
@@ -112,6 +116,10 @@ pub struct Platform {
     pub interrupts: Interrupts,
     /// The console; the first that is understood of what SPCR and DBG2 name.
     pub console: Option<Uart>,
+    /// Memory and the NUMA node it is in; there may be none of it.
+    pub memory_nodes: Vec<(Range<Pa>, u32)>,
+    /// Tables that were left out because they are broken; the machine can do without.
+    pub left_out: Vec<Error>,
 }
 
 impl Platform {
@@ -119,25 +127,25 @@ impl Platform {
     ///
     /// # Errors
     ///
-    /// See [`Error`]. A table that is only needed for comfort (SPCR, DBG2, SRAT) counts as missing when it is broken.
+    /// See [`Error`]. A table that is only needed for comfort (SPCR, DBG2, SRAT) is left out when it is broken.
     pub fn new(rsdp: Pa, memory: &dyn Memory) -> Result<Self, Error> {
         let tables = Tables::find(rsdp, memory)?;
         let psci = fixed::psci(&tables.table(*b"FACP")?)?;
         let processors = madt::read(&tables.table(*b"APIC")?)?;
         let timers = fixed::timers(&tables.table(*b"GTDT")?)?;
-        let console = || fixed::serial_port(&tables.table(*b"SPCR").ok()?).ok()?;
-        let debug_port = || fixed::debug_port(&tables.table(*b"DBG2").ok()?).ok()?;
+        let mut left_out = Vec::new();
+        let spcr = tables.table(*b"SPCR");
+        let mut console = comfort(spcr, fixed::serial_port, &mut left_out);
+        if console.is_none() {
+            console = comfort(tables.table(*b"DBG2"), fixed::debug_port, &mut left_out);
+        }
+        let srat = tables.table(*b"SRAT");
+        let affinities = comfort(srat, fixed::affinities, &mut left_out);
         let mut cpus = processors.cpus;
-        if let Ok(nodes) = tables
-            .table(*b"SRAT")
-            .and_then(|it| fixed::processor_nodes(&it))
-        {
-            for cpu in &mut cpus {
-                cpu.node = nodes
-                    .iter()
-                    .find(|(uid, _)| *uid == cpu.uid)
-                    .map(|&(_, node)| node);
-            }
+        for cpu in &mut cpus {
+            let known = |(uid, _): &&(u32, u32)| *uid == cpu.uid;
+            let found = affinities.processors.iter().find(known);
+            cpu.node = found.map(|&(_, node)| node);
         }
         Ok(Self {
             name: tables.name(),
@@ -151,7 +159,24 @@ impl Platform {
                 hypervisor_timer: timers.hypervisor_timer,
                 physical_timer: timers.physical_timer,
             },
-            console: console().or_else(debug_port),
+            console,
+            memory_nodes: affinities.memory,
+            left_out,
         })
+    }
+}
+
+/// What `read` makes of a table that need not be there; one that is broken is noted and tells nothing.
+fn comfort<T: Default>(
+    table: Result<Table<'_>, Error>,
+    read: fn(&Table<'_>) -> Result<T, Error>,
+    left_out: &mut Vec<Error>,
+) -> T {
+    match table.and_then(|it| read(&it)) {
+        Ok(told) => told,
+        Err(error) => {
+            left_out.extend((error.why != Why::Missing).then_some(error));
+            T::default()
+        }
     }
 }

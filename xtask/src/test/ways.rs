@@ -90,7 +90,10 @@ impl Table<'_> {
 
     fn way(&self, (name, machine): (&str, Machine)) -> Case {
         let words = format!("suite={} {QUICK}", SUITES.join(","));
-        let expect = Expect::Good(everything_is_measured);
+        let expect = Expect::Good(match machine.numa {
+            true => everything_is_measured_and_near,
+            false => everything_is_measured,
+        });
         Case {
             hashed: true,
             ..self.case(
@@ -124,9 +127,22 @@ pub(super) fn measured(suites: &[&str], runs: &[Transcript]) -> Verdict {
     Ok(())
 }
 
+/// As [`everything_is_measured`]; and memory came from each of the two nodes, to the VM whose CPU is there.
+fn everything_is_measured_and_near(runs: &[Transcript]) -> Verdict {
+    everything_is_measured(runs)?;
+    for run in runs {
+        let nodes = run.rows.iter().find(|row| row.case == "nodes");
+        let checks = nodes.and_then(|row| row.values.get("checks")?.as_u64());
+        if checks != Some(2) {
+            return Err(format!("checks of two nodes: {checks:?}"));
+        }
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
-    use super::{SUITES, ZERO, everything_is_measured};
+    use super::{SUITES, ZERO, everything_is_measured, everything_is_measured_and_near};
     use crate::uart::{Transcript, parse};
 
     fn run(suites: &[&str], key: &str, value: u32) -> Transcript {
@@ -137,6 +153,26 @@ mod tests {
             )));
         }
         run
+    }
+
+    #[test]
+    fn two_nodes_have_to_be_seen() {
+        let mut run = run(&SUITES, "lost", 0);
+        assert!(everything_is_measured_and_near(&[]).is_ok());
+        let row = |checks: u32, failed: u32| {
+            let text = format!(
+                r#"{{"vellum":"row","suite":"selftest","case":"nodes","values":{{"checks":{checks},"failed_mask":{failed}}}}}"#
+            );
+            parse(&text)
+        };
+        for (checks, failed, good) in [(2, 0, true), (1, 0, false), (2, 2, false)] {
+            run.add(row(checks, failed));
+            let runs = [run];
+            assert_eq!(everything_is_measured_and_near(&runs).is_ok(), good);
+            [run] = runs;
+            run.rows.pop();
+        }
+        assert!(everything_is_measured_and_near(&[run]).is_err());
     }
 
     #[test]
