@@ -68,9 +68,6 @@ pub(crate) struct Args {
     seconds: Option<u64>,
 }
 
-/// Stands for the emulator's version where there was no emulator.
-const HARDWARE: &str = "none";
-
 /// What can be measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Suite {
@@ -271,15 +268,7 @@ pub(crate) fn publish_collected(run: &Transcript) -> Result<usize> {
             .rows
             .iter()
             .filter(|row| row.suite == suite.name())
-            .map(|row| {
-                Row::new(
-                    row.clone(),
-                    suite.name(),
-                    &run.machine,
-                    HARDWARE,
-                    Timing::Wall,
-                )
-            })
+            .map(|row| Row::collected(row.clone(), &run.machine))
             .collect();
         if !rows.is_empty() {
             print!("{}", suite.report(&rows));
@@ -328,6 +317,7 @@ fn measure(
             limit,
             silence: limit,
             gdb: false,
+            record: None,
         };
         let run = qemu
             .run(&launch, &mut |line| progress.hear(line))

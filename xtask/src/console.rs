@@ -14,7 +14,7 @@ use anyhow::Result;
 use crate::process;
 
 /// Begins a line of the hypervisor's on a console that a guest has.
-const RECORD: u8 = 0x1e;
+pub(crate) const RECORD: u8 = 0x1e;
 /// Typed, it ends the run: `Ctrl-]`.
 const LEAVE: u8 = 0x1d;
 

@@ -4,6 +4,7 @@
 //! when this program leaves the function for any other reason.
 
 use std::ffi::OsString;
+use std::fs::File;
 use std::io::{Read as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
@@ -74,6 +75,8 @@ pub(crate) struct Launch<'a> {
     pub(crate) silence: Duration,
     /// Wait for a debugger on port 1234 before the first instruction.
     pub(crate) gdb: bool,
+    /// What the console says is written there too, byte by byte.
+    pub(crate) record: Option<&'a Path>,
 }
 
 impl Qemu {
@@ -206,7 +209,10 @@ impl Qemu {
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
         let mut running = Running::start(&mut command)?;
-        let console = running.console(keyboard)?;
+        let record = launch
+            .record
+            .map(|path| File::create(path).with_context(|| path.display().to_string()));
+        let console = running.console(keyboard, record.transpose()?)?;
         let errors = running.errors()?;
         let heard = follow(&console, launch, hear);
         let ended = match heard {
@@ -348,14 +354,18 @@ impl Running {
     }
 
     /// Pieces of standard output, read by a thread that ends with the pipe; another writes what is typed.
-    fn console(&mut self, keyboard: Option<Receiver<Vec<u8>>>) -> Result<Receiver<Heard>> {
+    fn console(
+        &mut self,
+        keyboard: Option<Receiver<Vec<u8>>>,
+        record: Option<File>,
+    ) -> Result<Receiver<Heard>> {
         let pipe = self.0.stdout.take().context("QEMU has no console")?;
         let (sender, receiver) = mpsc::channel();
         if let (Some(keyboard), Some(pipe)) = (keyboard, self.0.stdin.take()) {
             let sender = sender.clone();
             thread::spawn(move || write_keys(pipe, &keyboard, &sender));
         }
-        thread::spawn(move || read_pieces(pipe, &sender));
+        thread::spawn(move || read_pieces(pipe, record, &sender));
         Ok(receiver)
     }
 
@@ -398,12 +408,15 @@ impl Drop for Running {
     }
 }
 
-fn read_pieces(mut pipe: ChildStdout, sender: &mpsc::Sender<Heard>) {
+fn read_pieces(mut pipe: ChildStdout, mut record: Option<File>, sender: &mpsc::Sender<Heard>) {
     let mut cutter = Cutter::default();
     let mut bytes = [0; 4096];
     let tell = |piece| sender.send(Heard::Piece(piece)).unwrap_or_default();
     while let Ok(count @ 1..) = pipe.read(&mut bytes) {
-        cutter.cut(bytes.get(..count).unwrap_or_default(), tell);
+        let heard = bytes.get(..count).unwrap_or_default();
+        // A full disk does not end a run; the record is short then.
+        record = record.and_then(|mut it| it.write_all(heard).is_ok().then_some(it));
+        cutter.cut(heard, tell);
     }
     cutter.rest().into_iter().for_each(tell);
     // Whoever listened is gone if this fails.
@@ -472,6 +485,7 @@ mod tests {
             limit: Duration::from_millis(800),
             silence: Duration::from_millis(400),
             gdb: false,
+            record: None,
         };
         // Another test's fork may hold the script open for writing for a moment.
         let answer = (0..100).find_map(|_| {

@@ -70,6 +70,9 @@ pub(crate) struct Args {
     /// Spread CPUs and RAM over two NUMA nodes
     #[arg(long)]
     numa: bool,
+    /// Write what the console says to this file too, byte by byte, as `cargo xtask collect` reads it
+    #[arg(long, value_name = "FILE")]
+    record: Option<PathBuf>,
     /// Boot with this device tree instead of QEMU's own
     #[arg(long, value_name = "FILE")]
     dtb: Option<PathBuf>,
@@ -183,6 +186,7 @@ pub(crate) fn main(args: &Args) -> Result<ExitCode> {
         limit: patience,
         silence: patience,
         gdb: args.gdb,
+        record: args.record.as_deref(),
     };
     let transcript = match args.guest {
         Some(_) => {
@@ -209,7 +213,7 @@ pub(crate) fn main(args: &Args) -> Result<ExitCode> {
 }
 
 /// The console as it comes; of the records, those a reader needs the most in words.
-fn show(line: &Line) {
+pub(crate) fn show(line: &Line) {
     match line {
         Line::Text(text) | Line::Garbled(text) => println!("{text}"),
         Line::Guest(bytes) => {

@@ -8,7 +8,7 @@ use crate::lines::Section;
 /// A JSON object with its keys in alphabetical order.
 pub(crate) type Object = Map<String, Value>;
 
-const MARK: &str = "{\"vellum\":\"";
+pub(crate) const MARK: &str = "{\"vellum\":\"";
 
 /// One machine-readable line.
 #[derive(Clone, Debug, PartialEq, Deserialize)]

@@ -34,8 +34,19 @@ impl Row {
         machine.insert("host_cpus".into(), host_cpus.into());
         Self {
             suite: suite.to_owned(),
-            case: row.case,
             machine,
+            timing: timing.name().to_owned(),
+            ..Self::collected(row, &Object::new())
+        }
+    }
+
+    /// A row as the machine itself told it. A board's own clock counts as wall time.
+    pub(crate) fn collected(row: Measured, machine: &Object) -> Self {
+        let timing = row.timing.parse().unwrap_or(Timing::Wall);
+        Self {
+            suite: row.suite,
+            case: row.case,
+            machine: machine.clone(),
             params: row.params,
             timing: timing.name().to_owned(),
             values: row.values,
@@ -67,16 +78,22 @@ impl Row {
             cost if cost.is_empty() => cost,
             cost => format!(", a line costs {cost}"),
         };
-        format!(
-            "{} {}, GICv{}, {} CPUs, {} MiB, QEMU {} on a host with {} CPUs{cost}",
+        let machine = format!(
+            "{} {}, GICv{}, {} CPUs, {} MiB",
             word("board"),
             word("cpu"),
             word("gic"),
             word("cpus"),
-            word("memory_mib"),
-            word("qemu"),
-            word("host_cpus")
-        )
+            word("memory_mib")
+        );
+        match self.machine.contains_key("qemu") {
+            true => format!(
+                "{machine}, QEMU {} on a host with {} CPUs{cost}",
+                word("qemu"),
+                word("host_cpus")
+            ),
+            false => format!("{machine}, collected from its console"),
+        }
     }
 }
 

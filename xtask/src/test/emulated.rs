@@ -176,6 +176,7 @@ impl Bench {
             limit,
             silence: limit,
             gdb: false,
+            record: None,
         };
         let (sender, keys) = mpsc::channel();
         let mut typist = Typist::new(boot.typed, sender);
