@@ -42,6 +42,10 @@ static GUEST: &[u8] = include_bytes!(env!(
 extern "C" fn boot_cpu_main(tree: u64) -> ! {
     let (tree, at) = read_tree(Pa::new(tree));
     let uart = start_console(&tree);
+    if uart.is_none() {
+        // Nobody would hear anything: the machine is switched off instead.
+        panic::refuse(format_args!("no usable console"));
+    }
     let mut machine =
         Machine::new(&tree).unwrap_or_else(|error| panic::refuse(format_args!("{error}")));
     machine.console = uart;

@@ -525,6 +525,14 @@ fn broken_tables_are_refused_by_name_and_offset() {
             refusal(b"APIC", |it| it[45] = 255),
             said(b"APIC", 68 + 255, Why::Length),
         ),
+        // The distributor's entry is gone: no controller at all.
+        (
+            refusal(b"APIC", |it| {
+                let at = (44..it.len()).find(|&at| it[at..].starts_with(&[0xc, 24]));
+                it[at.unwrap()] = 0xcc;
+            }),
+            said(b"APIC", 44, Why::NoGic),
+        ),
         (
             refusal(b"XSDT", |it| it[36..].fill(0)),
             said(b"FACP", 0, Why::Missing),
@@ -546,6 +554,15 @@ fn broken_tables_are_refused_by_name_and_offset() {
             "case {number}"
         );
     }
+    // A GICv2 whose processors have no virtual interface cannot virtualize.
+    let (rsdp, mut tables) = virt(2);
+    let madt = tables.table(b"APIC");
+    let first = (44..madt.len()).find(|&at| madt[at..].starts_with(&[0xb, 80]));
+    let first = first.unwrap();
+    madt[first + 48..first + 56].fill(0);
+    seal(madt);
+    let found = read(&(rsdp, tables)).unwrap_err();
+    assert_eq!((&found.table, found.why), (b"APIC", Why::NoGic));
     let error = refusal(b"FACP", |it| it[129] = 0).to_string();
     assert!(
         error.starts_with("ACPI table FACP at offset 129: "),

@@ -3,7 +3,7 @@
 use vellum::addr::Pa;
 use vellum::dev::machine::{self, CpuInfo, Error, Gic, Machine, Uart, UartKind};
 use vellum::dev::psci::Conduit;
-use vellum::dev::tree::{self, Tree};
+use vellum::dev::tree::{self, Malformed, Tree, Why};
 use vm_fdt::{FdtReserveEntry, FdtWriter, FdtWriterNode};
 
 const GIC_PHANDLE: u32 = 7;
@@ -13,6 +13,8 @@ struct Virt {
     cpus: u32,
     memory: Vec<(u64, u64)>,
     gic: u32,
+    /// Register frames of a GICv2.
+    frames: usize,
     /// For each piece of memory and as many CPUs its `numa-node-id`.
     nodes: Vec<u32>,
     redistributors: Vec<(u64, u64)>,
@@ -25,6 +27,7 @@ impl Default for Virt {
             cpus: 2,
             memory: vec![(0x4000_0000, 0x2000_0000)],
             gic: 3,
+            frames: 4,
             nodes: vec![],
             redistributors: vec![(0x080a_0000, 0x00f6_0000)],
             chosen: |fdt| {
@@ -128,7 +131,7 @@ impl Virt {
             ),
             2 => (
                 "arm,cortex-a15-gic",
-                (0..4)
+                (0..self.frames)
                     .map(|frame| {
                         (
                             0x0800_0000 + [0, 0x1_0000, 0x3_0000, 0x4_0000][frame],
@@ -351,6 +354,15 @@ fn machines_that_cannot_be_used_are_refused() {
             },
             Error::NoGic,
         ),
+        // Distributor and CPU interface only: a GICv2 without virtualization.
+        (
+            Virt {
+                gic: 2,
+                frames: 2,
+                ..Default::default()
+            },
+            Error::NoGic,
+        ),
     ];
     for (virt, error) in refused {
         assert_eq!(virt.machine().unwrap_err(), error);
@@ -538,14 +550,65 @@ fn erased_properties_are_skipped() {
     assert!(Machine::new(&tree).is_ok());
 }
 
+#[test]
+fn what_is_no_tree_is_refused_with_its_place() {
+    let good = Virt::default().bytes();
+    let header = |offset: usize| {
+        let word = good[offset..offset + 4].try_into().unwrap();
+        usize::try_from(u32::from_be_bytes(word)).unwrap()
+    };
+    let (first, bytes) = (header(8), header(36));
+    let last = first + bytes - 4;
+    let property = good.windows(4).position(|it| it == [0, 0, 0, 3]).unwrap();
+    assert!((first..last).contains(&property) && property.is_multiple_of(4));
+    let nodes: Vec<u8> = (0..18).flat_map(|_| [0, 0, 0, 1, b'a', 0, 0, 0]).collect();
+    let cases: [(usize, &[u8], usize, Why); 16] = [
+        (0, &[0], 0, Why::Magic),
+        (4, &[0xff], 4, Why::Length),
+        (4, &[0, 0, 0, 64], 8, Why::Length),
+        (8, &[0xff], 8, Why::Length),
+        (8, &[0, 0, 0, 36], 8, Why::Length),
+        (12, &[0x7f], 12, Why::Length),
+        (36, &[0, 0, 0, 4], 36, Why::Length),
+        (last, &[0, 0, 0, 8], last, Why::Token),
+        (first, &[0, 0, 0, 2], first, Why::Token),
+        (first, &[0, 0, 0, 9], first, Why::Token),
+        (first, &[1], first, Why::Token),
+        (first, &[0, 0, 0, 4], property, Why::Token),
+        (property + 4, &[0xff; 4], property, Why::Endless),
+        (property + 4, &[0, 1, 0, 0], property, Why::Endless),
+        (last - 4, &[0, 0, 0, 4], last, Why::Token),
+        (first, &nodes, first + 16 * 8, Why::Large),
+    ];
+    for (number, (at, change, offset, why)) in cases.into_iter().enumerate() {
+        let mut bad = good.clone();
+        bad[at..at + change.len()].copy_from_slice(change);
+        let error = Tree::new(&bad).map(drop).unwrap_err();
+        if number == 11 {
+            // Without its root, a property stands nowhere; what is noticed first is one END_NODE too many, or that.
+            assert!(error.offset >= first, "{error}");
+            continue;
+        }
+        assert_eq!(error, Malformed { offset, why }, "case {number}");
+        let text = format!("device tree at offset {offset}: ");
+        assert!(error.to_string().starts_with(&text), "{error}");
+    }
+}
+
 /// Reads everything that boot reads.
 fn digest(bytes: &[u8]) {
     tree::total_bytes(bytes);
-    if let Ok(tree) = Tree::new(bytes) {
-        machine::consoles(&tree).for_each(drop);
-        machine::conduit(&tree);
-        if let Err(error) = Machine::new(&tree) {
-            assert!(!error.to_string().is_empty());
+    match Tree::new(bytes) {
+        Ok(tree) => {
+            machine::consoles(&tree).for_each(drop);
+            machine::conduit(&tree);
+            if let Err(error) = Machine::new(&tree) {
+                assert!(!error.to_string().is_empty());
+            }
+        }
+        Err(error) => {
+            assert!(error.offset <= bytes.len(), "{error}");
+            assert!(error.to_string().contains("offset"), "{error}");
         }
     }
 }

@@ -87,7 +87,11 @@ pub(super) fn start(
         arch::dc_civac_range(Pa::new(launch), size_of::<Launch>() as u64);
     }
     publish_launches(cpus.get(1).map_or(0, |it| address(&it.launch)));
-    for (cpu, found) in cpus.iter().zip(&machine.cpus).skip(1) {
+    for (position, (cpu, found)) in cpus.iter().zip(&machine.cpus).enumerate().skip(1) {
+        if !shared.gic.reaches(position) {
+            leave_out(cpu, "no GIC redistributor answers for it");
+            continue;
+        }
         if let Some(word) = found.spin_table {
             // SAFETY: the tree says that the CPU polls this word, which the final map holds; its launch is published.
             unsafe { release_from_spin_table(word) };

@@ -30,7 +30,7 @@ use vellum::arch::boot::CURRENT_EL2;
 use vellum::dev::acpi::{Memory, Platform};
 use vellum::dev::handover::{self, Boot, Description};
 use vellum::dev::machine::Machine;
-use vellum::dev::tree::{self, Tree};
+use vellum::dev::tree::{self, Malformed, Tree, Why};
 use vellum::dev::uefi;
 
 /// Blocks of the early map: the copy shares none with anybody.
@@ -108,9 +108,11 @@ impl Firmware<'_> {
             uefi::described_memory(rehearsal.bytes(), rehearsal.descriptor_bytes)
                 .map_err(|it| it.to_string())?,
         );
-        let firmware_tree = self
-            .table(DEVICE_TREE)
-            .and_then(|it| read_tree(it, &described));
+        let firmware_tree = self.table(DEVICE_TREE).and_then(|at| {
+            let tree = read_tree(at, &described);
+            tree.map_err(|error| self.say(&format!("Vellum goes on without: {error}")))
+                .ok()
+        });
         let initrd = self.initrd(volume, firmware_tree.as_ref());
         let platform;
         let description = match firmware_tree
@@ -431,11 +433,13 @@ fn bytes_at(range: &Range<Pa>) -> &'static [u8] {
     unsafe { core::slice::from_raw_parts(start, bytes) }
 }
 
-fn read_tree(at: Pa, memory: &Described) -> Option<Tree<'static>> {
-    let bytes = tree::total_bytes(memory.read(at, 8)?)?;
-    memory.read(at, bytes)?;
-    let end = at.checked_add(bytes as u64)?;
-    Tree::new(bytes_at(&(at..end))).ok()
+fn read_tree(at: Pa, memory: &Described) -> Result<Tree<'static>, Malformed> {
+    let fail = |offset, why| Malformed { offset, why };
+    let header = memory.read(at, 8).ok_or(fail(0, Why::Unreadable))?;
+    let bytes = tree::total_bytes(header).ok_or(fail(0, Why::Magic))?;
+    let whole = memory.read(at, bytes).and(at.checked_add(bytes as u64));
+    let end = whole.ok_or(fail(4, Why::Unreadable))?;
+    Tree::new(bytes_at(&(at..end)))
 }
 
 /// What would be refused later is refused now, where firmware's console can say why.
@@ -443,7 +447,7 @@ fn check(tree: &[u8]) -> Result<(), String> {
     if tree.len() + SLACK_BYTES > to_usize(TREE_BYTES) {
         return Err("the device tree is too large".into());
     }
-    let tree = Tree::new(tree).map_err(|_| "the device tree that was made is malformed")?;
+    let tree = Tree::new(tree).map_err(|it| format!("what was made of firmware's tables: {it}"))?;
     let machine = Machine::new(&tree).map_err(|it| it.to_string())?;
     if machine.console.is_none() {
         return Err(

@@ -2,9 +2,11 @@
 //!
 //! `fdt` walks the tree; this module makes sure beforehand that the blocks named by the header lie inside it (the crate
 //! trusts sums of header fields), lists all nodes once, and reads cells, translated addresses and interrupts. What is
-//! malformed is absent: every reader returns an `Option`. Reference: Devicetree Specification v0.4.
+//! malformed is absent: every reader returns an `Option`; what is no tree at all is [`Malformed`], with its offset.
+//! Reference: Devicetree Specification v0.4.
 
 use alloc::vec::Vec;
+use core::fmt;
 use core::ops::Range;
 
 use fdt::Fdt;
@@ -19,16 +21,56 @@ use crate::addr::Pa;
 const HEADER_BYTES: usize = 40;
 /// First word of a tree.
 const MAGIC: u32 = 0xd00d_feed;
-/// Last word of the structure block.
+/// Tokens of the structure block; the last is its last word.
+const BEGIN_NODE: u32 = 1;
+const END_NODE: u32 = 2;
+const PROPERTY: u32 = 3;
+const NOP: u32 = 4;
 const END: u32 = 9;
 /// A tree deeper than this is not a machine's.
 const MOST_LEVELS: usize = 16;
 /// A tree with more nodes than this is not a machine's.
 const MOST_NODES: usize = 1 << 16;
 
-/// Why a tree cannot be read at all.
+/// Why a tree cannot be read at all: where in it, and what is wrong there.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub struct Malformed;
+pub struct Malformed {
+    /// Bytes from the tree's start.
+    pub offset: usize,
+    /// What is wrong.
+    pub why: Why,
+}
+
+/// What is wrong with a tree.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Why {
+    /// Nothing can be read where it should be.
+    Unreadable,
+    /// It does not begin like one.
+    Magic,
+    /// A block reaches beyond the tree, or the tree beyond what there is of it.
+    Length,
+    /// A token that cannot stand there.
+    Token,
+    /// A name or value that does not end inside the tree.
+    Endless,
+    /// More levels or nodes than a machine has.
+    Large,
+}
+
+impl fmt::Display for Malformed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "device tree at offset {}: ", self.offset)?;
+        f.write_str(match self.why {
+            Why::Unreadable => "it cannot be read",
+            Why::Magic => "it does not begin like one",
+            Why::Length => "a length or position is wrong",
+            Why::Token => "a token that cannot stand there",
+            Why::Endless => "a name or value has no end",
+            Why::Large => "it has too many levels or nodes",
+        })
+    }
+}
 
 struct Entry<'a> {
     node: UnalignedFallibleNode<'a>,
@@ -41,8 +83,8 @@ pub struct Tree<'a> {
     reservations: Vec<Range<Pa>>,
 }
 
-impl core::fmt::Debug for Tree<'_> {
-    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+impl fmt::Debug for Tree<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Tree({} nodes)", self.entries.len())
     }
 }
@@ -60,34 +102,32 @@ impl<'a> Tree<'a> {
     ///
     /// [`Malformed`] when there is no tree in it.
     pub fn new(bytes: &'a [u8]) -> Result<Self, Malformed> {
-        check_header(bytes).ok_or(Malformed)?;
+        let structure = check_header(bytes)?;
+        let offset = structure.start;
+        check_structure(bytes, structure)?;
+        let malformed = Malformed {
+            offset,
+            why: Why::Token,
+        };
         let fdt = Fdt::<(UnalignedParser<'a>, NoPanic)>::new_unaligned_fallible(bytes)
-            .map_err(|_| Malformed)?;
-        let root = fdt.root().map_err(|_| Malformed)?.as_node();
+            .map_err(|_| malformed)?;
+        let root = fdt.root().map_err(|_| malformed)?.as_node();
         let mut tree = Self {
             entries: Vec::new(),
             reservations: reservations(bytes),
         };
-        tree.list(root, None, 0)?;
+        tree.list(root, None).ok_or(malformed)?;
         Ok(tree)
     }
 
-    fn list(
-        &mut self,
-        node: UnalignedFallibleNode<'a>,
-        parent: Option<usize>,
-        level: usize,
-    ) -> Result<(), Malformed> {
-        if level > MOST_LEVELS || self.entries.len() >= MOST_NODES {
-            return Err(Malformed);
-        }
+    fn list(&mut self, node: UnalignedFallibleNode<'a>, parent: Option<usize>) -> Option<()> {
         let index = self.entries.len();
         self.entries.push(Entry { node, parent });
-        for child in node.children().map_err(|_| Malformed)?.iter() {
+        for child in node.children().ok()?.iter() {
             // The iterator repeats an error for ever: leave at the first.
-            self.list(child.map_err(|_| Malformed)?, Some(index), level + 1)?;
+            self.list(child.ok()?, Some(index))?;
         }
-        Ok(())
+        Some(())
     }
 
     /// All nodes, parents before children.
@@ -311,21 +351,61 @@ fn intid(cells: &[u8]) -> Option<u32> {
 }
 
 /// The header's blocks lie inside `bytes` and the structure block ends as it must, so that `fdt` never computes past it.
-fn check_header(bytes: &[u8]) -> Option<()> {
-    let total = total_bytes(bytes)?;
+/// Returns where the structure block is.
+fn check_header(bytes: &[u8]) -> Result<Range<usize>, Malformed> {
+    let fail = |offset, why| Malformed { offset, why };
+    let total = total_bytes(bytes).ok_or(fail(0, Why::Magic))?;
+    if total > bytes.len() {
+        return Err(fail(4, Why::Length));
+    }
     let inside = |offset: usize, size: usize| -> Option<Range<usize>> {
         let start = usize::try_from(word(bytes, offset)?).ok()?;
         let end = start.checked_add(usize::try_from(word(bytes, size)?).ok()?)?;
-        (start >= HEADER_BYTES && end <= total && end <= bytes.len()).then_some(start..end)
+        (start >= HEADER_BYTES && end <= total).then_some(start..end)
     };
-    let structure = inside(8, 36)?;
-    inside(12, 32)?;
-    let end_token = word(bytes, structure.end.checked_sub(4)?)?;
-    (total <= bytes.len()
-        && structure.len() >= 8
-        && structure.len().is_multiple_of(4)
-        && end_token == END)
-        .then_some(())
+    let structure = inside(8, 36).ok_or(fail(8, Why::Length))?;
+    inside(12, 32).ok_or(fail(12, Why::Length))?;
+    if structure.len() < 8 || !structure.len().is_multiple_of(4) {
+        return Err(fail(36, Why::Length));
+    }
+    match word(bytes, structure.end - 4) {
+        Some(END) => Ok(structure),
+        _ => Err(fail(structure.end - 4, Why::Token)),
+    }
+}
+
+/// Goes over the tokens once, so that what is wrong with them is known with its place.
+fn check_structure(bytes: &[u8], block: Range<usize>) -> Result<(), Malformed> {
+    let (mut at, mut level, mut nodes) = (block.start, 0_usize, 0_usize);
+    loop {
+        let fail = |why| Malformed { offset: at, why };
+        let block = bytes.get(at..block.end).unwrap_or_default();
+        let token = word(block, 0).ok_or(fail(Why::Endless))?;
+        let length = match token {
+            BEGIN_NODE => {
+                (level, nodes) = (level + 1, nodes + 1);
+                if level > MOST_LEVELS || nodes > MOST_NODES {
+                    return Err(fail(Why::Large));
+                }
+                let name = block.iter().skip(4).position(|&it| it == 0);
+                4 + name.ok_or(fail(Why::Endless))? + 1
+            }
+            END_NODE => {
+                level = level.checked_sub(1).ok_or(fail(Why::Token))?;
+                4
+            }
+            PROPERTY => {
+                let length = word(block, 4).and_then(|it| usize::try_from(it).ok());
+                let end = length.and_then(|it| it.checked_add(12));
+                let end = end.filter(|&it| it <= block.len());
+                end.ok_or(fail(Why::Endless))?
+            }
+            NOP => 4,
+            END if level == 0 && nodes > 0 => return Ok(()),
+            _ => return Err(fail(Why::Token)),
+        };
+        at += length.next_multiple_of(4);
+    }
 }
 
 fn reservations(bytes: &[u8]) -> Vec<Range<Pa>> {

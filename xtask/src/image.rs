@@ -14,7 +14,8 @@ use object::{Endianness, Object as _, RelocationFlags, elf};
 use serde_json::Value;
 use sha2::{Digest as _, Sha256};
 
-use crate::board::Board;
+use crate::board::{Board, Media};
+use crate::flash;
 use crate::linux::{self, Series};
 use crate::media;
 use crate::paths;
@@ -91,6 +92,14 @@ pub(crate) struct Guest {
 /// Builds and says where the file is.
 pub(crate) fn main(args: &Args) -> Result<ExitCode> {
     let board = args.board.as_deref().map(Board::load).transpose()?;
+    if let Some(board) = board.as_ref().filter(|it| it.boot.media == Media::Image)
+        && (args.append.is_some() || args.linux.is_some())
+    {
+        bail!(
+            "{} boots from a file alone: arguments and guests are given to cargo xtask run",
+            board.title
+        );
+    }
     let image = build(Profile::of(args.debug))?;
     let Some(board) = board else {
         println!("{}", image.flat.display());
@@ -99,8 +108,11 @@ pub(crate) fn main(args: &Args) -> Result<ExitCode> {
     let bundle = args.linux.map(linux::bundle).transpose()?;
     let arguments = args.append.as_deref().unwrap_or(&board.boot.arguments);
     let tree = media::tree(&board, &image.flat, bundle.as_deref(), arguments)?;
-    println!("{}", tree.display());
+    for file in media::files(&tree)? {
+        println!("{}", tree.join(file).display());
+    }
     println!("image sha256 {}", sha256(&image.flat)?);
+    print!("{}", flash::to_be_added(&board, &tree));
     Ok(ExitCode::SUCCESS)
 }
 

@@ -52,6 +52,8 @@ pub(crate) fn grub(
 /// The image on a Raspberry Pi's SD card, as the board's `config.txt` names it, and what stands beside it.
 const SD_IMAGE: &str = "vellum.img";
 const SD_ARGUMENTS: &str = "cmdline.txt";
+/// What the Pi's firmware reads first.
+pub(crate) const SD_CONFIGURATION: &str = "config.txt";
 const SD_BUNDLE: &str = "bundle.cpio";
 
 /// Makes what a board boots from below `target/boards`, anew, and returns where it is: a tree of files, or the image.
@@ -93,7 +95,7 @@ fn tree_in(
             .join(&board.name)
             .join(template);
         let mut text = fs::read_to_string(&from).with_context(|| from.display().to_string())?;
-        if bundle.is_some() && template == "config.txt" {
+        if bundle.is_some() && template == SD_CONFIGURATION {
             text.push_str(&format!("initramfs {SD_BUNDLE} followkernel\n"));
         }
         paths::write(&folder.join(template), text)?;
@@ -186,13 +188,51 @@ mod tests {
             assert_eq!(hold(&format!("{}\n", board.boot.arguments)), told, "{name}");
             assert_eq!(missing(board, &folder).len(), board.boot.add.len());
         }
-        let config = fs::read_to_string(base.join("rpi4/config.txt")).expect("read");
-        for line in [
-            "arm_64bit=1",
-            "kernel=vellum.img",
-            "initramfs bundle.cpio followkernel",
-        ] {
-            assert!(config.lines().any(|it| it == line), "{line}");
+        fs::remove_dir_all(&base).expect("removed");
+    }
+
+    /// The firmware of a Raspberry Pi 4 finds every file that its configuration names, and is told what it must be told.
+    #[test]
+    fn what_a_configuration_names_is_there() {
+        let base = std::env::temp_dir().join(format!("vellum-config-{}", std::process::id()));
+        fs::create_dir_all(&base).expect("made");
+        let image = base.join("image");
+        fs::write(&image, "MZ").expect("written");
+        let board = Board::load("rpi4").expect("read");
+        for bundle in [None, Some(image.as_path())] {
+            let folder = base.join("tree");
+            tree_in(&folder, &board, &image, bundle, "suite=exit").expect("made");
+            let config = fs::read_to_string(folder.join("config.txt")).expect("read");
+            let lines: Vec<&str> = config.lines().filter(|it| !it.starts_with('#')).collect();
+            let value = |key: &str| lines.iter().find_map(|it| it.strip_prefix(key));
+            let names = [value("kernel="), value("cmdline=")];
+            for file in names {
+                let file = file.expect("it is named");
+                assert!(folder.join(file).is_file(), "{file}");
+            }
+            // Without an equals sign, as that key alone is written.
+            let initramfs = value("initramfs ");
+            assert_eq!(
+                initramfs,
+                bundle.map(|_| "bundle.cpio followkernel"),
+                "{config}"
+            );
+            assert_eq!(folder.join("bundle.cpio").is_file(), bundle.is_some());
+            let overlay = value("dtoverlay=").expect("it is named");
+            assert!(board.boot.add.contains(&format!("overlays/{overlay}.dtbo")));
+            for line in ["arm_64bit=1", "enable_gic=1", "enable_uart=1"] {
+                assert!(lines.contains(&line), "{line}");
+            }
+            // What moves the peripherals, or loads a large image wrongly.
+            for key in ["arm_peri_high", "kernel_old", "armstub"] {
+                assert_eq!(value(key), None);
+            }
+            assert!(
+                lines.iter().all(|it| it.len() < 98),
+                "firmware reads lines of 98 bytes"
+            );
+            let arguments = fs::read_to_string(folder.join("cmdline.txt")).expect("read");
+            assert_eq!(arguments, "suite=exit\n");
         }
         fs::remove_dir_all(&base).expect("removed");
     }

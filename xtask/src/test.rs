@@ -16,6 +16,7 @@ mod parallel;
 mod scheduling;
 mod soak;
 mod splitting;
+mod trees;
 mod ways;
 
 use std::process::ExitCode;

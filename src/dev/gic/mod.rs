@@ -43,7 +43,7 @@ impl Irq {
 /// Why the controller cannot be used.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Error {
-    /// No redistributor answers for a CPU of this affinity.
+    /// No redistributor answers for this CPU, which has this affinity.
     NoRedistributor(u64),
     /// The distributor is not what the device tree says.
     NotThere,
@@ -78,7 +78,8 @@ pub enum Gic {
 }
 
 impl Gic {
-    /// Takes the controller over and sets its shared part up for CPUs of the given affinities.
+    /// Takes the controller over and sets its shared part up for CPUs of the given affinities, the first of which is this
+    /// one. Others may have no redistributor; see [`Gic::reaches`].
     ///
     /// # Safety
     ///
@@ -125,6 +126,14 @@ impl Gic {
                 Ok(())
             }
             Self::V3(gic) => gic.init_cpu(found, enabled),
+        }
+    }
+
+    /// Whether the CPU at position `found` among the affinities that [`Gic::new`] was given can get interrupts at all.
+    pub fn reaches(&self, found: usize) -> bool {
+        match self {
+            Self::V2(_) => true,
+            Self::V3(gic) => gic.reaches(found),
         }
     }
 

@@ -45,8 +45,8 @@ struct Cpu {
 #[derive(Debug)]
 pub struct Gic {
     distributor: Registers,
-    /// The CPUs that were found.
-    found: Vec<Cpu>,
+    /// The CPUs that were found; nothing for those that have no redistributor.
+    found: Vec<Option<Cpu>>,
     /// Those that came up, by number.
     cpus: Once<Vec<Cpu>>,
 }
@@ -77,10 +77,10 @@ impl Gic {
             unsafe { walk_region(region, &mut frames) };
         }
         let frame_of = |affinity| frames.iter().find(|it| it.affinity == affinity).copied();
-        let found = cpus
-            .iter()
-            .map(|&affinity| frame_of(affinity).ok_or(Error::NoRedistributor(affinity)))
-            .collect::<Result<_, _>>()?;
+        let found: Vec<_> = cpus.iter().map(|&affinity| frame_of(affinity)).collect();
+        if let (Some(None), Some(&first)) = (found.first(), cpus.first()) {
+            return Err(Error::NoRedistributor(first));
+        }
         gicd.modify_control(GicdCtlr::EnableGrp0 | GicdCtlr::EnableGrp1NS, false);
         gicd.enable_all_interrupts(false);
         gicd.configure_default_settings();
@@ -94,7 +94,8 @@ impl Gic {
     }
 
     pub(super) fn init_cpu(&self, found: usize, enabled: &[u32]) -> Result<(), Error> {
-        let this = self.found.get(found).ok_or(Error::NotThere)?;
+        let this = self.found.get(found).and_then(Option::as_ref);
+        let this = this.ok_or(Error::NotThere)?;
         let frames = core::ptr::with_exposed_provenance_mut::<GicrSgi>(to_usize(
             this.redistributor.base().raw(),
         ));
@@ -116,11 +117,15 @@ impl Gic {
         }
     }
 
+    pub(super) fn reaches(&self, found: usize) -> bool {
+        self.found.get(found).is_some_and(Option::is_some)
+    }
+
     pub(super) fn number_cpus(&self, found: &[usize]) {
         self.cpus.call_once(|| {
             found
                 .iter()
-                .filter_map(|&it| self.found.get(it).copied())
+                .filter_map(|&it| self.found.get(it).copied().flatten())
                 .collect()
         });
     }

@@ -1,6 +1,7 @@
 //! The table of cases under QEMU: which machine, which boot arguments, and what must come out.
 
 use super::checks::{self, Verdict};
+use super::trees::Tree;
 use crate::board::Board;
 use crate::linux::Series;
 use crate::machine::{Machine, Timing};
@@ -31,8 +32,8 @@ pub(super) struct Boot {
     pub(super) linux: Option<Series>,
     /// What is typed, each as soon as the guest has written what stands before it.
     pub(super) typed: &'static [(&'static str, &'static str)],
-    /// With a device tree in which no interrupt controller is known.
-    pub(super) without_gic: bool,
+    /// Which device tree QEMU is given.
+    pub(super) tree: Tree,
     /// Behind a boot loader that leaves garbage everywhere.
     pub(super) hostile: bool,
 }
@@ -88,6 +89,7 @@ pub(super) fn all(board: &Board, soak: bool) -> Vec<Case> {
         table.scheduling(),
         table.parallel(),
         table.refusals(),
+        table.left_out(),
     ];
     groups.into_iter().flatten().collect()
 }
@@ -127,7 +129,7 @@ impl Table<'_> {
             append: append.into(),
             linux: None,
             typed: &[],
-            without_gic: false,
+            tree: Tree::Own,
             hostile: false,
         };
         Case {
@@ -341,7 +343,7 @@ impl Table<'_> {
             append: format!("suite=get timing=insn vcpus=1 slot-mib={slot_mib}"),
             linux: None,
             typed: &[],
-            without_gic: false,
+            tree: Tree::Own,
             hostile: false,
         };
         let mut scaling = self.case(
@@ -381,7 +383,7 @@ impl Table<'_> {
         if let Some(case) = cases.last_mut() {
             case.boots
                 .iter_mut()
-                .for_each(|boot| boot.without_gic = true);
+                .for_each(|boot| boot.tree = Tree::NoGic);
         }
         let words = [
             ("an unknown suite", "suite=sweet", "suite"),

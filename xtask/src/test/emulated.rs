@@ -1,15 +1,13 @@
 //! Runs the cases of the table: two at a time where the host has CPUs for it, those that compare times alone, each boot
 //! under a watchdog.
 
-use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, anyhow, bail};
+use anyhow::{Result, anyhow, bail};
 
 use super::Tally;
 use super::cases::{self, Boot, Case, Expect};
@@ -18,9 +16,6 @@ use super::soak::Record;
 use crate::board::Board;
 use crate::image::{self, Image, Profile};
 use crate::linux::{self, Series};
-use crate::machine::Machine;
-use crate::paths;
-use crate::process;
 use crate::qemu::{Launch, Qemu};
 use crate::setup;
 use crate::setup::debian::NoSource;
@@ -151,9 +146,7 @@ impl Bench {
 
     fn boot(&self, case: &Case, boot: &Boot) -> Result<Transcript> {
         let mut machine = boot.machine.clone();
-        if boot.without_gic {
-            machine.dtb = Some(self.tree_without_gic(&machine)?);
-        }
+        machine.dtb = boot.tree.file(&self.qemu, &machine)?;
         let bundle = boot.linux.map(|series| self.bundle(series)).transpose()?;
         let limit = Duration::from_secs(case.seconds);
         let image = if case.debug {
@@ -189,20 +182,6 @@ impl Bench {
     fn bundle(&self, series: Series) -> Result<PathBuf> {
         let _alone = self.bundles.lock().unwrap_or_else(PoisonError::into_inner);
         linux::bundle(series)
-    }
-
-    /// QEMU's own device tree with the interrupt controller renamed to something nobody knows.
-    fn tree_without_gic(&self, machine: &Machine) -> Result<PathBuf> {
-        let path = paths::target("test/without-gic.dtb");
-        fs::create_dir_all(path.parent().unwrap_or(Path::new(".")))?;
-        process::output(Command::new(self.qemu.program()).args(machine.dump_device_tree(&path)))?;
-        let tree = fs::read(&path)?;
-        fs::write(
-            &path,
-            renamed(&tree, b"arm,gic-v3\0", b"none,no-ic\0")
-                .context("no GICv3 in QEMU's device tree")?,
-        )?;
-        Ok(path)
     }
 }
 
@@ -265,19 +244,9 @@ fn refused(run: &Transcript, words: &str) -> Result<()> {
     }
 }
 
-/// `from` replaced by `to`, which is as long; nothing if it is not there.
-fn renamed(bytes: &[u8], from: &[u8], to: &[u8]) -> Option<Vec<u8>> {
-    let at = bytes
-        .windows(from.len())
-        .position(|window| window == from)?;
-    let mut changed = bytes.to_vec();
-    changed.splice(at..at + from.len(), to.iter().copied());
-    Some(changed)
-}
-
 #[cfg(test)]
 mod tests {
-    use super::{refused, renamed};
+    use super::refused;
     use crate::uart::{Transcript, parse};
 
     fn run(console: &str) -> Transcript {
@@ -298,14 +267,5 @@ mod tests {
             assert!(refused(&run(&bad), "ram").is_err());
         }
         assert!(refused(&run("{\"vellum\":\"exit\",\"status\":2}"), "ram").is_err());
-    }
-
-    #[test]
-    fn renaming_keeps_every_other_byte() {
-        assert_eq!(
-            renamed(b"xxabcyy", b"abc", b"def").as_deref(),
-            Some(&b"xxdefyy"[..])
-        );
-        assert_eq!(renamed(b"xx", b"abc", b"def"), None);
     }
 }

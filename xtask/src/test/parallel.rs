@@ -2,6 +2,7 @@
 
 use super::cases::{Boot, Case, Expect, Table};
 use super::checks::{Verdict, row, value};
+use super::trees::Tree;
 use crate::bench::Row;
 use crate::machine::Timing;
 use crate::uart::Transcript;
@@ -36,7 +37,7 @@ impl Table<'_> {
                 append: format!("timing=parallel {append}"),
                 linux: None,
                 typed: &[],
-                without_gic: false,
+                tree: Tree::Own,
                 hostile: false,
             });
             let first = self.case(name, boots[0].machine.clone(), "", Expect::Good(check));
