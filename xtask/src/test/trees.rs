@@ -37,7 +37,7 @@ impl Tree {
         if let Self::MoreCpus(more) = self {
             machine.cpus += more;
         }
-        let path = paths::target(&format!("test/{name}.dtb"));
+        let path = paths::target(&format!("test/{name}-gicv{}.dtb", machine.gic));
         fs::create_dir_all(path.parent().unwrap_or(Path::new(".")))?;
         process::output(Command::new(qemu.program()).args(machine.dump_device_tree(&path)))?;
         if self == Self::NoGic {
