@@ -65,7 +65,7 @@ fn choose(runs: &[Transcript], wanted: Option<usize>) -> Result<&Transcript> {
 /// Why what was collected is not all that the run measured, or nothing.
 fn fault(run: &Transcript) -> Option<String> {
     let late = run.machine.is_empty() && !run.rows.is_empty();
-    let late = late.then(|| "it does not say what the machine is: the record begins too late");
+    let late = late.then_some("it does not say what the machine is: the record begins too late");
     run.fault().or(late.map(str::to_owned))
 }
 
