@@ -13,6 +13,8 @@ use crate::table::Table;
 
 /// Rounds with and without aging while memory is faulted in.
 const ROUNDS: u32 = 16;
+/// Pages of each vCPU under the parallel clock, unless said otherwise: every case takes many passes, and every CPU's work is done in turn.
+const PAGES: u32 = 16;
 /// The CPU model without hardware access flags.
 const NO_FLAGS: &str = "cortex-a72";
 
@@ -134,6 +136,9 @@ pub(super) fn jobs(options: &Options, board: &Board) -> Result<Vec<Job>> {
             let mut options = options.clone();
             options.cpu = Some(model);
             options.aging.access_flag = Some(flag.to_owned());
+            if timing == Timing::Parallel && !options.full && options.mib_per_vcpu.is_none() {
+                options.pages = options.pages.or(Some(PAGES));
+            }
             let most = vcpus.iter().copied().max().unwrap_or(1);
             // The parallel clock's rounds are all alike.
             let rounds = if timing == Timing::Parallel {

@@ -21,7 +21,7 @@ pub(crate) struct Options {
     /// Guest memory that each vCPU writes [default: 16; under timing parallel 2]
     #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u64).range(2..))]
     pub(crate) mib_per_vcpu: Option<u64>,
-    /// Pages of that which each vCPU goes over in suites dirty, split, protect and age [default: all; under timing parallel 64]
+    /// Pages of that which each vCPU goes over in suites dirty, split, protect and age [default: all; under timing parallel 64, in suite age 16]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_048_576))]
     pub(crate) pages: Option<u32>,
     /// Rounds of write, get, clear [default: 5; under timing parallel 1]

@@ -74,7 +74,7 @@ impl Table<'_> {
             cases.push(self.once(
                 "parallel clock: with 64 vCPUs the locks take what their serialized part says, and lockless nothing",
                 65,
-                "suite=dirty vcpus=1,8,16,64 locking=mutex,rwlock,lockless mib=1 pages=64 iterations=1",
+                "suite=dirty vcpus=1,8,16,64 locking=mutex,rwlock,lockless mib=2 pages=64 iterations=1",
                 scales,
             ));
         }
