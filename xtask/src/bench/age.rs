@@ -396,7 +396,9 @@ pub(super) fn charts(rows: &[Row]) -> Vec<Chart> {
             ratio,
         ),
     ];
-    charts.retain(|chart| !chart.series.is_empty());
+    if rows.iter().all(|row| row.timing != Timing::Wall.name()) {
+        charts.clear();
+    }
     charts.extend(scaling::charts(rows, &CURVES, way));
     charts
 }
