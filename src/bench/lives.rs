@@ -1,12 +1,14 @@
 //! Suite `lives`: VMs are created, run, and destroyed at any moment, one after the other. What was free before is free
 //! afterwards.
 
+use crate::addr::to_index;
 use crate::guest::abi::op;
 use crate::mem::frames;
 use crate::mmu::Locking;
 use crate::vm::Command;
 
 use super::Refusal;
+use super::protect::linger;
 use super::report::{Row, progress};
 use super::scene::{Scene, Stage};
 
@@ -14,6 +16,14 @@ use super::scene::{Scene, Stage};
 const WARM_UP: u64 = 16;
 /// Between two words about how far the run is.
 const STRIDE: u64 = 100;
+/// What may be done to a VM before it is destroyed.
+const LIVES: u64 = 6;
+/// Between a move and the end: as many times, that far apart.
+const MOMENTS: u64 = 80;
+const MOMENT_NS: u64 = 1000;
+/// So many looks, that far apart, find the same frames free when nobody moves any.
+const SETTLED: u32 = 50;
+const STILL_NS: u64 = 1_000_000;
 
 /// As many VMs as there are rounds; false when something is missing afterwards.
 pub(super) fn run(stage: &Stage<'_>) -> Result<bool, Refusal> {
@@ -23,7 +33,7 @@ pub(super) fn run(stage: &Stage<'_>) -> Result<bool, Refusal> {
     let guest_cpus = stage.host.cpus() - 1;
     let live = |round| live(stage.open(stage.cast(locking, vcpus))?, round, guest_cpus);
     (0..WARM_UP).try_for_each(live)?;
-    let before = Holdings::now(stage);
+    let before = Holdings::settled(stage);
     for round in 0..params.rounds {
         if round % STRIDE == 0 {
             let (done, of) = (round / STRIDE, params.rounds.div_ceil(STRIDE));
@@ -32,7 +42,7 @@ pub(super) fn run(stage: &Stage<'_>) -> Result<bool, Refusal> {
         }
         live(round)?;
     }
-    let after = Holdings::now(stage);
+    let after = Holdings::settled(stage);
     Row::new("lives", "vms", params.timing.name())
         .param("vcpus", vcpus)
         .param("rounds", params.rounds)
@@ -52,6 +62,19 @@ struct Holdings {
 }
 
 impl Holdings {
+    /// As soon as they are the same for a while: frames on their way between a CPU's stash and the others are counted nowhere.
+    fn settled(stage: &Stage<'_>) -> Self {
+        let mut found = Self::now(stage);
+        let mut same = 0;
+        while same < SETTLED {
+            linger(STILL_NS);
+            let now = Self::now(stage);
+            same = if now == found { same + 1 } else { 0 };
+            found = now;
+        }
+        found
+    }
+
     fn now(stage: &Stage<'_>) -> Self {
         Self {
             free_pages: frames::free_pages(),
@@ -63,7 +86,7 @@ impl Holdings {
 /// A VM runs for a while, or hardly, or is paused, moved, reset or interrupted by its devices before it is destroyed.
 fn live(scene: Scene, round: u64, guest_cpus: usize) -> Result<(), Refusal> {
     scene.run_freely(round)?;
-    match round % 6 {
+    match round % LIVES {
         0 => {}
         1 => {
             scene.end_run()?;
@@ -74,7 +97,11 @@ fn live(scene: Scene, round: u64, guest_cpus: usize) -> Result<(), Refusal> {
             scene.stop();
             scene.interrupt();
         }
-        3 => scene.send_to(0, 1 + usize::try_from(round).unwrap_or(0) % guest_cpus)?,
+        3 => {
+            scene.send_to(0, 1 + (1 + to_index(round / LIVES)) % guest_cpus)?;
+            // The VM ends anywhere between the word and the vCPU's first instruction on its new CPU.
+            linger(round / LIVES % MOMENTS * MOMENT_NS);
+        }
         _ => {
             scene.reset()?;
             scene.perform_one(

@@ -53,14 +53,20 @@ pub(crate) fn slice_ticks() -> u64 {
     (arch::counter_hz() / SLICES_PER_SECOND).max(1)
 }
 
-/// Adds a vCPU to the queue of `cpu`, which is kicked to look. False: there is no such CPU.
+/// Adds a vCPU to the queue of `cpu`, who has to be kicked to look. False: there is no such CPU.
 pub(crate) fn add(cpu: usize, vm: &Arc<Vm>, vcpu: usize, weight: u32) -> bool {
-    let Some(place) = PLACES.get(cpu) else {
-        return false;
-    };
     let turn = Turn {
         vm: vm.clone(),
         vcpu,
+    };
+    hand(cpu, turn, weight).is_ok()
+}
+
+/// Puts `turn` on the queue of `cpu`, reference and all: that CPU may let go of it at once, and then the VM may be taken apart,
+/// which wants the only reference there is. Given back where there is no such CPU.
+fn hand(cpu: usize, turn: Turn, weight: u32) -> Result<(), Turn> {
+    let Some(place) = PLACES.get(cpu) else {
+        return Err(turn);
     };
     let mut room = Room::of(0);
     loop {
@@ -69,7 +75,7 @@ pub(crate) fn add(cpu: usize, vm: &Arc<Vm>, vcpu: usize, weight: u32) -> bool {
         if turns.has_room() {
             turns.add(turn, weight);
             place.count.store(turns.len(), Ordering::Release);
-            return true;
+            return Ok(());
         }
         let wanted = 2 * turns.len() + 2;
         drop(turns);
@@ -161,12 +167,17 @@ fn set_alarm_of_idle(cpu: usize) {
 /// Takes the turns off the queue whose VM stops, and hands those on that belong to another CPU now.
 fn let_go(cpu: usize) {
     while let Some((turn, weight)) = take_leaving(cpu) {
-        let Turn { vm, vcpu: index } = turn;
-        let home = vm.vcpus().get(index).and_then(|vcpu| vcpu.cpu());
-        match home.filter(|_| !vm.is_stopping()) {
-            // It may have been moved back meanwhile: then the kick is for this CPU.
-            Some(home) if add(home, &vm, index, weight) => vm.kick_cpu(home),
-            _ => vm.release(index),
+        let gic = turn.vm.gic();
+        let vcpu = turn.vm.vcpus().get(turn.vcpu);
+        let home = vcpu.and_then(|vcpu| vcpu.cpu());
+        let handed = match home.filter(|_| !turn.vm.is_stopping()) {
+            Some(home) => hand(home, turn, weight).map(|()| home),
+            None => Err(turn),
+        };
+        match handed {
+            // It may have been moved back meanwhile: then the kick is for this CPU. The VM may be gone.
+            Ok(home) => host::kick(gic, home),
+            Err(turn) => turn.vm.release(turn.vcpu),
         }
     }
 }

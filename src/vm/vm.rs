@@ -512,6 +512,11 @@ impl Vm {
         }
     }
 
+    /// The machine's interrupt controller, which outlives the VM.
+    pub(crate) fn gic(&self) -> &'static Gic {
+        self.gic
+    }
+
     pub(crate) fn kick_controller(&self) {
         host::kick(self.gic, self.controller);
     }

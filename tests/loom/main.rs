@@ -15,6 +15,7 @@ mod dirty;
 mod freeing;
 mod hardware;
 mod lazy;
+mod leaving;
 mod locking;
 mod pie;
 mod splitting;

@@ -7,6 +7,7 @@ mod budgets;
 mod contracts;
 mod forbidden;
 mod imports;
+mod links;
 mod source;
 
 use std::process::{Command, ExitCode};
@@ -66,11 +67,12 @@ type Outcome = (String, Result<(), String>);
 
 fn rules() -> Result<Vec<Outcome>> {
     let tree = Tree::read()?;
-    let rules: [(&str, Vec<Finding>); 4] = [
+    let rules: [(&str, Vec<Finding>); 5] = [
         ("import direction", imports::check(&tree)),
         ("file budgets", budgets::check(&tree)),
         ("forbidden constructs", forbidden::check(&tree)),
         ("contracts of MMU entry points", contracts::check(&tree)),
+        ("links of the documents", links::check()?),
     ];
     Ok(rules
         .into_iter()

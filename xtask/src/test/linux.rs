@@ -162,8 +162,6 @@ impl Table<'_> {
             Expect::Good(console_works),
         );
         case.boots.iter_mut().for_each(|boot| boot.typed = TYPED);
-        // Two boots and what is typed take most of the time that a case has.
-        case.alone = true;
         case
     }
 
