@@ -17,13 +17,13 @@ use crate::mmu::{Aged, Error, Found, PageSet, Precision, Sighting};
 use crate::vm::Command;
 
 use super::Refusal;
-use super::clock::{Counts, nanoseconds, timed};
+use super::clock::{Counts, longest_ns, nanoseconds, timed};
 use super::comparison::Comparison;
 use super::cycle::count;
 use super::heat::{await_rounds, populate, precisions};
 use super::params::{Timing, precision_name, size_name};
 use super::report::{Row, progress};
-use super::scene::{Cast, Outcome, Part, Scene, Stage, cpu, longest_ns};
+use super::scene::{Cast, Outcome, Part, Scene, Stage, cpu};
 use super::verify::clear;
 
 /// One page of this many is hot in case `hot`.

@@ -5,6 +5,8 @@ use crate::sync::percpu;
 use crate::trace::times::Histogram;
 use crate::trace::{EVENT_NAMES, EVENTS};
 
+use super::scene::Outcome;
+
 /// A moment of the physical counter.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Moment(u64);
@@ -30,6 +32,12 @@ impl Moment {
 pub(super) fn nanoseconds(ticks: u64) -> u64 {
     let hz = u128::from(arch::counter_hz().max(1));
     u64::try_from(u128::from(ticks) * 1_000_000_000 / hz).unwrap_or(u64::MAX)
+}
+
+/// The pass of the vCPU that took longest, by its own clock, in nanoseconds.
+pub(super) fn longest_ns(outcomes: &[Outcome]) -> u64 {
+    let ticks = outcomes.iter().map(|outcome| outcome.ticks);
+    nanoseconds(ticks.max().unwrap_or(0))
 }
 
 /// How long `work` took.

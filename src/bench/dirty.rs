@@ -12,11 +12,11 @@ use crate::mmu::PageSet;
 use crate::vm::Command;
 
 use super::Refusal;
-use super::clock::{Counts, exit_times, measure_exits, nanoseconds, timed};
+use super::clock::{Counts, exit_times, longest_ns, measure_exits, nanoseconds, timed};
 use super::comparison::Comparison;
 use super::params::{Params, Timing, size_name, stride_name};
 use super::report::{Row, progress};
-use super::scene::{Cast, Outcome, Scene, Stage, cpu, longest_ns};
+use super::scene::{Cast, Outcome, Scene, Stage, cpu};
 
 /// One iteration's part of a row.
 struct Iteration {

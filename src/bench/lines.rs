@@ -12,10 +12,10 @@ use crate::mmu::{Locking, PageSet};
 use crate::vm::Command;
 
 use super::Refusal;
-use super::clock::{Counts, Moment};
+use super::clock::{Counts, Moment, longest_ns};
 use super::cycle::count;
 use super::report::{Row, progress};
-use super::scene::{Outcome, Scene, Stage, cpu, longest_ns, refused};
+use super::scene::{Outcome, Scene, Stage, cpu, refused};
 
 /// Ten microseconds each, between two harvests.
 const NAPS: u64 = 5;

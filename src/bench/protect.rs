@@ -16,12 +16,12 @@ use crate::mmu::{Engine, Level, Prepared};
 use crate::vm::Command;
 
 use super::Refusal;
-use super::clock::{Counts, Moment, timed};
+use super::clock::{Counts, Moment, longest_ns, timed};
 use super::comparison::Comparison;
 use super::cycle::{self, Call, Oddities, count};
 use super::params::{Timing, stride_name};
 use super::report::{Row, progress};
-use super::scene::{Cast, Scene, Stage, longest_ns};
+use super::scene::{Cast, Scene, Stage};
 use super::verify::{logged, logged_sparsely, steps};
 
 /// Calls under running vCPUs.

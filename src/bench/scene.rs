@@ -23,7 +23,6 @@ use crate::vm::vgic::state::VmState;
 use crate::vm::{Command, Host, Placement, Vm, VmConfig, run};
 
 use super::Refusal;
-use super::clock::nanoseconds;
 use super::params::Params;
 
 /// What every suite is given.
@@ -86,12 +85,6 @@ pub(super) struct Outcome {
     pub(super) ticks: u64,
     /// Its results.
     pub(super) results: [u64; 2],
-}
-
-/// The pass of the vCPU that took longest, by its own clock, in nanoseconds.
-pub(super) fn longest_ns(outcomes: &[Outcome]) -> u64 {
-    let ticks = outcomes.iter().map(|outcome| outcome.ticks);
-    nanoseconds(ticks.max().unwrap_or(0))
 }
 
 const BLOCK: u64 = 2 << 20;

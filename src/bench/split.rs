@@ -16,12 +16,12 @@ use crate::mmu::{self, Bbm, Collapse, Level, Locking, PageSet, Policy, Split};
 use crate::vm::Command;
 
 use super::Refusal;
-use super::clock::{Counts, exit_times, measure_exits, timed};
+use super::clock::{Counts, exit_times, longest_ns, measure_exits, timed};
 use super::comparison::Comparison;
 use super::params::{Params, Timing, size_name, stride_name};
 use super::protect::linger;
 use super::report::{Row, progress};
-use super::scene::{Cast, Scene, Stage, cpu, longest_ns};
+use super::scene::{Cast, Scene, Stage, cpu};
 
 /// How the measured pass goes over memory.
 #[derive(Clone, Copy)]
