@@ -3,7 +3,7 @@
 //! Those who fault memory in want tables, a frame at a time, all at once. The buddies' lock and lists would be what they wait for,
 //! so a CPU takes frames from its own stash and fills it by a whole block: when it is empty, and before the CPU sleeps
 //! ([`refill`]). What is released one by one goes there, too. A stash holds `STASHED` frames at most, and whoever finds the
-//! buddies without what it wants takes all stashes back first: memory is short only when nobody has it.
+//! buddies without what it wants takes all stashes back first, and looks once more.
 //!
 //! Frames are of the node of the CPU that asks, or of a node that is named, as long as that has any, then of others. A stash takes
 //! no frame back that is another node's.
