@@ -1,7 +1,9 @@
 //! The console: log lines for people and JSON lines for programs, whole lines at a time.
 //!
-//! A line holds the console's lock while it is sent, so lines of several CPUs never mix. Nothing on a hot path writes
-//! here (see [`crate::trace`]).
+//! A line of the hypervisor's holds the console's lock until it is sent, at the speed of the wire, so lines of several CPUs never
+//! mix. Only controllers, CPUs that start and epitaphs write such lines. A CPU that runs guests never waits for that lock: it
+//! tries it ([`try_with`]), moves a few bytes into the [`wire`](crate::dev::wire)'s queue or to the UART, and leaves the rest to whoever is
+//! next. Nothing on a hot path writes here (see [`crate::trace`]).
 //!
 //! The console can be [shared](share) with a guest, whose bytes then go out as they are. From there on every line of the
 //! hypervisor's own begins with the byte [`RECORD`], which is kept back from what the guest sends: whatever a guest prints,
@@ -14,26 +16,12 @@ use spin::Mutex;
 
 use crate::arch;
 use crate::dev::serial::Serial;
+pub use crate::dev::wire::RECORD;
+use crate::dev::wire::{Pace, Wire};
 use crate::sync::padded::Padded;
 use crate::sync::percpu;
 
-/// Begins a line of the hypervisor's on a console that a guest shares: the ASCII record separator.
-pub const RECORD: u8 = 0x1e;
-
-static CONSOLE: Padded<Mutex<Port>> = Padded::new(Mutex::new(Port {
-    uart: None,
-    shared: false,
-    mid_line: false,
-}));
-
-/// The UART and what was last sent to it.
-struct Port {
-    uart: Option<Serial>,
-    /// A guest writes to it, too.
-    shared: bool,
-    /// The guest's last byte did not end a line.
-    mid_line: bool,
-}
+static CONSOLE: Padded<Mutex<Wire<Serial>>> = Padded::new(Mutex::new(Wire::new()));
 
 struct Console;
 
@@ -52,44 +40,45 @@ pub fn start(uart: Serial) {
 
 /// Sends one line as it is; JSON lines go this way.
 pub fn line(text: fmt::Arguments<'_>) {
-    send(&mut CONSOLE.lock(), text);
+    CONSOLE.lock().line(text);
 }
 
 /// As [`line()`], for an epitaph: breaks the lock of a CPU that will not release it any more.
 pub fn last_line(text: fmt::Arguments<'_>) {
     const PATIENCE: u32 = 1 << 24;
     for _ in 0..PATIENCE {
-        if let Some(mut console) = CONSOLE.try_lock() {
-            return send(&mut console, text);
+        if let Some(mut wire) = CONSOLE.try_lock() {
+            return wire.line(text);
         }
         arch::yield_now();
     }
     // SAFETY: the machine is being switched off; a line of the lock's holder may be garbled, nothing else.
     unsafe { CONSOLE.force_unlock() };
-    send(&mut CONSOLE.lock(), text);
+    CONSOLE.lock().line(text);
 }
 
 /// Shares the console with a guest from here on: lines are marked by [`RECORD`], beginning with one that says so.
 pub fn share() {
-    let mut port = CONSOLE.lock();
-    port.shared = true;
-    send(
-        &mut port,
-        format_args!(
-            "the console is the guest's; lines of the hypervisor begin with byte {RECORD:#x}"
-        ),
-    );
+    let mut wire = CONSOLE.lock();
+    wire.share();
+    wire.line(format_args!(
+        "the console is the guest's; lines of the hypervisor begin with byte {RECORD:#x}"
+    ));
 }
 
-/// Sends a byte of the guest's that shares the console.
-pub fn guest_byte(byte: u8) {
-    let mut port = CONSOLE.lock();
-    if let Some(uart) = &port.uart
-        && byte != RECORD
-    {
-        uart.send_raw(byte);
-        port.mid_line = byte != b'\n';
-    }
+/// Makes the console as slow as a UART of `baud`.
+pub fn slow_down(baud: u64) {
+    CONSOLE.lock().pace = Some(Pace::new(baud, arch::counter_hz()));
+}
+
+/// Does something short with the wire, if nobody else has it now.
+pub fn try_with<R>(work: impl FnOnce(&mut Wire<Serial>) -> R) -> Option<R> {
+    CONSOLE.try_lock().map(|mut wire| work(&mut wire))
+}
+
+/// Does something short with the wire. For controllers: whoever has it may be waiting for it.
+pub fn with<R>(work: impl FnOnce(&mut Wire<Serial>) -> R) -> R {
+    work(&mut CONSOLE.lock())
 }
 
 /// The next byte that somebody typed.
@@ -106,25 +95,27 @@ pub fn listen(on: bool) {
 
 /// Waits until everything has left the machine.
 pub fn flush() {
-    if let Some(console) = CONSOLE.try_lock()
-        && let Some(uart) = console.uart.as_ref()
-    {
-        uart.flush();
+    if let Some(mut wire) = CONSOLE.try_lock() {
+        wire.drain();
+        if let Some(uart) = &wire.uart {
+            uart.flush();
+        }
     }
 }
 
-fn send(port: &mut Port, text: fmt::Arguments<'_>) {
-    let Some(uart) = &mut port.uart else {
-        return;
-    };
-    let fresh_line = if port.mid_line { "\n" } else { "" };
-    let mark = if port.shared { "\u{1e}" } else { "" };
-    port.mid_line = false;
-    if uart
-        .write_fmt(format_args!("{fresh_line}{mark}{text}\n"))
-        .is_err()
-    {
-        // A value's own formatter failed; the rest of the line is lost and there is nobody to tell.
+/// What a line of the log begins with.
+#[derive(Debug)]
+pub struct Head<'a> {
+    /// Whose fault it is.
+    pub level: log::Level,
+    /// What it is about.
+    pub module: &'a str,
+}
+
+impl fmt::Display for Head<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { level, module } = self;
+        write!(f, "[{Uptime} cpu{} {level:5} {module}]", percpu::index())
     }
 }
 
@@ -172,11 +163,8 @@ impl Log for Console {
         }
         let module = record.target();
         let module = module.split_once("::").map_or(module, |(_, inner)| inner);
-        let (cpu, level) = (percpu::index(), record.level());
-        line(format_args!(
-            "[{Uptime} cpu{cpu} {level:5} {module}] {}",
-            record.args()
-        ));
+        let level = record.level();
+        line(format_args!("{} {}", Head { level, module }, record.args()));
     }
 
     fn flush(&self) {
@@ -186,12 +174,7 @@ impl Log for Console {
 
 #[cfg(test)]
 mod tests {
-    use super::{Escaped, RECORD};
-
-    #[test]
-    fn the_mark_of_a_line_is_the_byte_that_guests_cannot_send() {
-        assert_eq!("\u{1e}".as_bytes(), [RECORD]);
-    }
+    use super::Escaped;
 
     #[test]
     fn whatever_a_user_typed_stays_one_json_string() {

@@ -58,6 +58,14 @@ pub fn epitaph(info: &PanicInfo<'_>) -> ! {
     exit(PANICKED)
 }
 
+/// Ends the run because the machine failed in a way that nobody can go on from.
+pub fn give_up(reason: Arguments<'_>) -> ! {
+    claim();
+    last_line(format_args!("PANIC on cpu{}: {reason}", percpu::index()));
+    last_events();
+    exit(PANICKED)
+}
+
 /// Registers at an exception taken from EL2, as the vectors saved them.
 #[derive(Debug)]
 #[repr(C)]

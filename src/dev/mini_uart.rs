@@ -49,10 +49,14 @@ impl MiniUart {
         Some(Self { registers })
     }
 
-    /// Sends `byte` as it is.
-    pub fn send_raw(&self, byte: u8) {
-        while self.registers.read(LINE_STATUS) & ROOM == 0 {}
-        self.registers.write(DATA, byte.into());
+    /// Sends `byte` as it is, if the queue takes it at once. False: it is full.
+    #[must_use]
+    pub fn try_send(&self, byte: u8) -> bool {
+        let room = self.registers.read(LINE_STATUS) & ROOM != 0;
+        if room {
+            self.registers.write(DATA, byte.into());
+        }
+        room
     }
 
     /// The next byte that was received.
@@ -137,8 +141,11 @@ mod tests {
     fn a_byte_is_sent_where_there_is_room_and_the_format_stays_firmwares() {
         let page = page(&[(4, 1), (LINE_STATUS, 0x60), (UART + 0xc, 3)]);
         let uart = uart(page).unwrap();
-        uart.send_raw(b'x');
+        assert!(uart.try_send(b'x'));
         uart.flush();
+        assert_eq!(read(page, UART), u32::from(b'x'));
+        write(page, LINE_STATUS, 0x40);
+        assert!(!uart.try_send(b'y'), "the queue is full");
         assert_eq!(read(page, UART), u32::from(b'x'));
         let others: Vec<_> = (UART + 8..UART + 0x40)
             .step_by(4)

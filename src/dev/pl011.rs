@@ -44,10 +44,14 @@ impl Pl011 {
         Self { registers }
     }
 
-    /// Sends `byte` as it is.
-    pub fn send_raw(&self, byte: u8) {
-        while self.registers.read(FLAGS) & TRANSMIT_FULL != 0 {}
-        self.registers.write(DATA, byte.into());
+    /// Sends `byte` as it is, if the queue takes it at once. False: it is full.
+    #[must_use]
+    pub fn try_send(&self, byte: u8) -> bool {
+        let room = self.registers.read(FLAGS) & TRANSMIT_FULL == 0;
+        if room {
+            self.registers.write(DATA, byte.into());
+        }
+        room
     }
 
     /// The next byte that was received.

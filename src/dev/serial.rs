@@ -1,10 +1,9 @@
 //! The console's UART, of whichever kind.
 
-use core::fmt;
-
 use super::machine::{Uart, UartKind};
 use super::mini_uart::MiniUart;
 use super::pl011::Pl011;
+use super::wire::Transmitter;
 
 /// A UART that is driven.
 #[derive(Debug)]
@@ -37,14 +36,6 @@ impl Serial {
         }
     }
 
-    /// Sends `byte` as it is.
-    pub fn send_raw(&self, byte: u8) {
-        match self {
-            Self::Pl011(uart) => uart.send_raw(byte),
-            Self::Mini(uart) => uart.send_raw(byte),
-        }
-    }
-
     /// The next byte that was received.
     pub fn receive(&self) -> Option<u8> {
         match self {
@@ -70,14 +61,11 @@ impl Serial {
     }
 }
 
-impl fmt::Write for Serial {
-    fn write_str(&mut self, text: &str) -> fmt::Result {
-        for byte in text.bytes() {
-            if byte == b'\n' {
-                self.send_raw(b'\r');
-            }
-            self.send_raw(byte);
+impl Transmitter for Serial {
+    fn try_send(&self, byte: u8) -> bool {
+        match self {
+            Self::Pl011(uart) => uart.try_send(byte),
+            Self::Mini(uart) => uart.try_send(byte),
         }
-        Ok(())
     }
 }

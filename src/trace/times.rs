@@ -3,7 +3,7 @@
 //! Off by default: measuring costs two reads of the counter per exit, which a count of instructions must not contain.
 //! When on, an exit is measured from its first line of Rust to its last; waiting for work is no part of it.
 
-use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
 use crate::arch;
 
@@ -13,7 +13,8 @@ const BUCKETS: usize = 40;
 /// The exits of one CPU. Only that CPU adds; [`ExitTimes::restart`] is called while it is not in a guest.
 #[derive(Debug)]
 pub struct ExitTimes {
-    measuring: AtomicBool,
+    /// [`MEASURED`] and [`STEPPED`]. One word, so that an exit that is neither looks once.
+    watched: AtomicU8,
     buckets: [AtomicU64; BUCKETS],
     longest: AtomicU64,
 }
@@ -21,12 +22,17 @@ pub struct ExitTimes {
 impl Default for ExitTimes {
     fn default() -> Self {
         Self {
-            measuring: AtomicBool::new(false),
+            watched: AtomicU8::new(0),
             buckets: core::array::from_fn(|_| AtomicU64::new(0)),
             longest: AtomicU64::new(0),
         }
     }
 }
+
+/// How long exits take is measured.
+const MEASURED: u8 = 1 << 0;
+/// The guest steps over its instructions one by one.
+const STEPPED: u8 = 1 << 1;
 
 /// Exits of any number of CPUs together.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -36,10 +42,28 @@ pub struct Histogram {
 }
 
 impl ExitTimes {
-    /// Whether exits are measured.
+    /// Whether exits are measured, or of a guest that steps.
     #[inline]
-    pub fn is_measuring(&self) -> bool {
-        self.measuring.load(Ordering::Relaxed)
+    pub fn is_watched(&self) -> bool {
+        self.watched.load(Ordering::Relaxed) != 0
+    }
+
+    #[inline]
+    fn is_measuring(&self) -> bool {
+        self.watched.load(Ordering::Relaxed) & MEASURED != 0
+    }
+
+    /// The guest that this CPU runs from now on steps, or does not.
+    pub fn set_stepped(&self, stepped: bool) {
+        self.set(STEPPED, stepped);
+    }
+
+    fn set(&self, flag: u8, on: bool) {
+        // By the controller and by the CPU itself, each its own flag.
+        match on {
+            true => self.watched.fetch_or(flag, Ordering::Relaxed),
+            false => self.watched.fetch_and(!flag, Ordering::Relaxed),
+        };
     }
 
     /// An exit begins: what to hand to [`ExitTimes::end`]. `None` while nothing is measured.
@@ -73,7 +97,7 @@ impl ExitTimes {
             .iter()
             .for_each(|count| count.store(0, Ordering::Relaxed));
         self.longest.store(0, Ordering::Relaxed);
-        self.measuring.store(measuring, Ordering::Relaxed);
+        self.set(MEASURED, measuring);
     }
 }
 

@@ -29,3 +29,17 @@ pub(super) fn report(area: &Area, nanoseconds: u64) -> Done {
     let failed = writeln!(Uart, "guest: vcpu {index} pass {nanoseconds} ns").is_err();
     Done::ok(1, u64::from(failed))
 }
+
+/// Lines without end, waiting for nothing: see [`vellum::guest::abi::op::FLOOD`].
+pub(super) fn flood(area: &Area) -> Done {
+    const LINE: &[u8] = b"guest: a flood, a flood, a flood, a flood, a flood, a flood\n";
+    let mut rounds = 0;
+    while area.stop.load(Relaxed) == 0 {
+        for byte in LINE {
+            asm::store_word(DR, u64::from(*byte));
+        }
+        rounds += 1;
+        area.rounds.store(rounds, Relaxed);
+    }
+    Done::ok(rounds, 0)
+}
