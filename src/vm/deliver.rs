@@ -159,18 +159,21 @@ impl<'a> Resident<'a> {
         if self.list_only_sgi() {
             return;
         }
-        let control = self.vm.gic_control.load(Ordering::Relaxed);
-        let wiring = Wiring {
-            group0_enabled: control & 1 != 0,
-            group1_enabled: control & 2 != 0,
-            linked: vtimer::link(self.host),
-            asserted: arch::virtual_timer_asserted(),
-            lists: self.interface.lists(),
+        let (vm, host, holder) = (self.vm, self.host, self.holder());
+        let lists = self.interface.lists();
+        let wiring = || {
+            let control = vm.gic_control.load(Ordering::Relaxed);
+            Wiring {
+                group0_enabled: control & 1 != 0,
+                group1_enabled: control & 2 != 0,
+                linked: vtimer::link(host),
+                asserted: arch::virtual_timer_asserted(),
+                lists,
+            }
         };
-        let (vm, holder) = (self.vm, self.holder());
         let (listing, others) = holder.relist(
             &mut self.interface,
-            &wiring,
+            wiring,
             |target| vm.home_of(target),
             |vcpu| vm.mark(vcpu),
         );
@@ -188,8 +191,9 @@ impl<'a> Resident<'a> {
         if self.vcpu.spis.load(Ordering::Relaxed) {
             return false;
         }
-        let control = self.vm.gic_control.load(Ordering::Relaxed);
         let mut private = self.vcpu.private.lock();
+        // Under the lock, as whoever disables a group expects.
+        let control = self.vm.gic_control.load(Ordering::Relaxed);
         let Some(sgi) = private.only_sgi(control) else {
             return false;
         };
@@ -255,6 +259,13 @@ impl Accessor for Resident<'_> {
             return;
         };
         if vcpu.demand_attention() && vcpu.index != self.vcpu.index {
+            self.vm.kick(vcpu);
+        }
+    }
+
+    fn insist(&self, vcpu: usize) {
+        if let Some(vcpu) = self.vm.vcpus().get(vcpu) {
+            vcpu.demand_attention();
             self.vm.kick(vcpu);
         }
     }

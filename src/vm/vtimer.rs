@@ -6,6 +6,7 @@
 //! | the guest deactivates the virtual one | hardware deactivates the physical one, too |
 //! | the line drops before the guest took it | deactivated by EL2 when the list registers are next brought up to date |
 //! | the vCPU leaves the CPU | deactivated; pending or not follows the line when it is loaded again |
+//! | it comes to a CPU, held | made active there, before the timer is enabled |
 
 use crate::arch;
 use crate::sync::quiescence::CpuId;
@@ -28,7 +29,7 @@ pub(crate) fn fired(private: &mut Private) {
     private.hold(INTID);
 }
 
-/// The vCPU is loaded: what its guest has taken and not deactivated is active on this CPU, too.
+/// The vCPU is about to be loaded: what its guest has taken and not deactivated is active on this CPU, too.
 pub(crate) fn load(host: &Host, cpu: CpuId, private: &Private) {
     if private.holds() {
         set_active(host, cpu, true);

@@ -9,6 +9,7 @@
 
 mod acks;
 mod aging;
+mod asking;
 mod collapsing;
 mod dbm;
 mod dirty;

@@ -25,6 +25,10 @@ const GICH_VTR: usize = 0x04;
 const GICH_VMCR: usize = 0x08;
 const GICH_LR: usize = 0x100;
 const HCR_EOI_COUNT: u32 = 27;
+/// ICH_VMCR_EL2 and GICH_VMCR: both groups are signalled.
+const BOTH_GROUPS: u64 = 0b11;
+/// Polls after which an answer that has not come never comes.
+const PATIENCE: usize = 1_000_000;
 
 /// An interrupt that a guest has taken: number, sender, priority.
 pub(crate) type Taken = (u16, u8, u8);
@@ -58,6 +62,9 @@ pub(crate) struct Machine {
     pub(crate) shared: Mutex<Shared>,
     pub(crate) control: AtomicU32,
     current: usize,
+    /// So many more times, what is asked of a vCPU reaches nobody.
+    pub(crate) lost: Cell<usize>,
+    waits: usize,
 }
 
 /// A vCPU of a machine that accesses registers.
@@ -68,7 +75,7 @@ pub(crate) struct By<'a> {
 
 impl Machine {
     pub(crate) fn new(gicv3: bool, vcpus: usize, lists: usize, eoi_mode: bool) -> Self {
-        let vmcr = if eoi_mode { 1 << 9 } else { 0 };
+        let vmcr = BOTH_GROUPS | if eoi_mode { 1 << 9 } else { 0 };
         arch::set_ich_lr_count(lists);
         let saved = Saved {
             vmcr,
@@ -104,6 +111,8 @@ impl Machine {
             shared: Mutex::new(Shared::new(Routing::new(gicv3, vcpus))),
             control: AtomicU32::new(0),
             current: 0,
+            lost: Cell::new(0),
+            waits: 0,
         }
     }
 
@@ -153,6 +162,23 @@ impl Machine {
         }
     }
 
+    fn vmcr(&self, cpu: usize) -> u64 {
+        match self.cpus[cpu].access {
+            Access::V3 => arch::ich_vmcr(),
+            Access::V2(gich) => u64::from(gich.read(GICH_VMCR)),
+        }
+    }
+
+    /// The guest writes ICC_IGRPEN0_EL1 and ICC_IGRPEN1_EL1, or GICC_CTLR.
+    pub(crate) fn set_groups(&mut self, cpu: usize, groups: u64) {
+        self.switch(cpu);
+        let vmcr = self.vmcr(cpu) & !BOTH_GROUPS | groups;
+        match self.cpus[cpu].access {
+            Access::V3 => arch::set_ich_vmcr(vmcr),
+            Access::V2(gich) => gich.write(GICH_VMCR, u32::try_from(vmcr).unwrap()),
+        }
+    }
+
     fn listed(&self, cpu: usize) -> Vec<(usize, Entry)> {
         let decode = |n| Some((n, self.format().decode(self.list(cpu, n))?));
         (0..self.lists).filter_map(decode).collect()
@@ -167,7 +193,9 @@ impl Machine {
             .last()
             .map_or(0x100, |it| u16::from(it.2));
         let mut pending = self.listed(cpu);
-        pending.retain(|(_, entry)| entry.state == State::Pending);
+        let groups = self.vmcr(cpu);
+        let is_signalled = |entry: &Entry| groups >> u32::from(entry.group1) & 1 != 0;
+        pending.retain(|(_, entry)| entry.state == State::Pending && is_signalled(entry));
         let best = pending.iter().map(|(_, entry)| entry.priority).min()?;
         pending.retain(|(_, entry)| entry.priority == best && u16::from(best) < running);
         let (n, entry) = *pending.get(choice % pending.len().max(1))?;
@@ -223,7 +251,17 @@ impl Machine {
         let listed = self.listed(cpu);
         let is_pending = |(_, entry): &(usize, Entry)| entry.state == State::Pending;
         let none_pending = hcr & 1 << 3 != 0 && !listed.iter().any(is_pending);
-        ended || unlisted || none_pending
+        let enabled = self.vmcr(cpu) & BOTH_GROUPS;
+        let changed = [
+            (4, enabled),
+            (5, !enabled),
+            (6, enabled >> 1),
+            (7, !enabled >> 1),
+        ];
+        let changed = changed
+            .into_iter()
+            .any(|(bit, is)| hcr >> bit & is & 1 != 0);
+        ended || unlisted || none_pending || changed
     }
 
     /// What each CPU's run loop does on the interrupts it gets, until nothing is left to do.
@@ -279,7 +317,7 @@ impl Machine {
         let marked = Mutex::new(Vec::new());
         let (listing, others) = holder.relist(
             &mut cpu.interface,
-            &wiring,
+            || wiring,
             |target| home(target, on),
             |vcpu| marked.lock().push(vcpu),
         );
@@ -402,6 +440,13 @@ impl Accessor for By<'_> {
     }
 
     fn alert(&self, vcpu: usize) {
+        match self.machine.lost.get().checked_sub(1) {
+            Some(left) => self.machine.lost.set(left),
+            None => self.machine.cpus[vcpu].attention.set(true),
+        }
+    }
+
+    fn insist(&self, vcpu: usize) {
         self.machine.cpus[vcpu].attention.set(true);
     }
 
@@ -429,6 +474,8 @@ impl Accessor for By<'_> {
 
     /// The others run meanwhile; this vCPU's run loop does not.
     fn wait(&mut self) {
+        self.machine.waits += 1;
+        assert!(self.machine.waits < PATIENCE, "nobody answers");
         for vcpu in (0..self.vcpus()).filter(|vcpu| *vcpu != self.own) {
             if self.machine.cpus[vcpu].attention.get() {
                 self.machine.relist(vcpu);

@@ -72,6 +72,7 @@ impl Program {
             if !self.machine.on[vcpu] {
                 self.set_power(vcpu);
             }
+            self.set_groups(vcpu, 0b11);
         }
         self.set_control(3);
         let vcpus = self.machine.cpus.len();
@@ -134,8 +135,12 @@ impl Program {
     fn step(&mut self) {
         let vcpu = self.below(self.machine.cpus.len());
         let intid = self.one_of(&USED);
-        match self.below(21) {
+        match self.below(23) {
             20 => self.set_power(vcpu),
+            21..23 => {
+                let groups = self.one_of(&[0b11, 0b11, 0b01, 0b10, 0b00]);
+                self.set_groups(vcpu, groups);
+            }
             0..5 => self.acknowledge(vcpu),
             5..8 => self.end(vcpu),
             8 => {
@@ -154,6 +159,13 @@ impl Program {
                 self.set_control(control);
             }
         }
+    }
+
+    /// What the vCPU's CPU interface signals.
+    fn set_groups(&mut self, vcpu: usize, groups: u64) {
+        self.note(|| format!("vCPU {vcpu} has groups {groups:#b} signalled"));
+        self.machine.set_groups(vcpu, groups);
+        self.reference.groups[vcpu] = groups;
     }
 
     /// Off goes only who handles no interrupt; it takes none then.
@@ -494,6 +506,79 @@ fn guests_that_deactivate_see_the_architecture_with_sixteen_list_registers() {
 #[test]
 fn guests_that_deactivate_see_the_architecture_with_one_list_register() {
     programs(2, 1, true);
+}
+
+/// Group-0 interrupts that the guest's CPU interface does not signal, more urgent than anything and more than list registers.
+#[test]
+fn what_is_not_signalled_keeps_nothing_from_coming() {
+    for (gicv3, lists) in [(false, 1), (false, 4), (true, 1), (true, 4)] {
+        let mut machine = Machine::new(gicv3, 1, lists, false);
+        let (frame, sgis) = if gicv3 {
+            (Frame::Redistributor(0), 0x1_0000)
+        } else {
+            (Frame::DistributorV2, 0)
+        };
+        let control = if gicv3 {
+            Frame::DistributorV3
+        } else {
+            Frame::DistributorV2
+        };
+        let mut write = |frame, offset, value| {
+            access::write(&mut machine.by(0), frame, offset, 4, value);
+        };
+        // PPIs 16 to 23 in group 0, of priority 0.
+        write(frame, sgis + 0x80, 1 << 27 | 1 << 30);
+        for word in 0..8 {
+            let priority = if (4..6).contains(&word) {
+                0
+            } else {
+                0xa0a0_a0a0
+            };
+            write(frame, sgis + 0x400 + 4 * word, priority);
+        }
+        write(frame, sgis + 0x100, u64::from(u32::MAX));
+        write(control, 0, 3);
+        machine.set_groups(0, 0b10);
+        for intid in (16..24).chain([30]) {
+            machine.set_private_line(0, intid, true);
+        }
+        machine.run_loops();
+        let taken = machine.acknowledge(0, 0).map(|taken| taken.0);
+        assert_eq!(taken, Some(30), "GICv3: {gicv3}, {lists} list registers");
+        machine.set_private_line(0, 30, false);
+        machine.end(0);
+        machine.run_loops();
+        machine.set_groups(0, 0b11);
+        machine.run_loops();
+        let taken = machine.acknowledge(0, 0).map(|taken| taken.0);
+        assert!(taken.is_some_and(|intid| (16..24).contains(&intid)));
+    }
+}
+
+/// Who waits for what another has listed asks again: it does not depend on one word that may be lost.
+#[test]
+fn a_word_that_is_lost_hangs_nobody() {
+    for (gicv3, intid) in [(true, 20), (true, 40), (false, 40)] {
+        let mut program = Program::new(1, Machine::new(gicv3, 2, 4, false));
+        let mut write = |by, (frame, offset), bytes, value| {
+            access::write(&mut program.machine.by(by), frame, offset, bytes, value);
+        };
+        let register = |base| match (gicv3, intid < 32) {
+            (true, false) => (Frame::DistributorV3, base + 4 * (intid / 32)),
+            (false, _) => (Frame::DistributorV2, base + 4 * (intid / 32)),
+            (true, true) => (Frame::Redistributor(0), 0x1_0000 + base),
+        };
+        write(0, register(0x100), 4, 1 << (intid % 32));
+        if !gicv3 {
+            write(0, (Frame::DistributorV2, 0x800 + intid), 1, 1);
+        }
+        write(0, register(0x200), 4, 1 << (intid % 32));
+        program.machine.run_loops();
+        program.machine.lost.set(1);
+        let (frame, offset) = register(0x200);
+        let pending = access::read(&mut program.machine.by(1), frame, offset, 4);
+        assert_eq!(pending, 1 << (intid % 32), "GICv3: {gicv3}, {intid}");
+    }
 }
 
 /// SGIs of one priority are sent again and again by others; each is taken as often as every other.

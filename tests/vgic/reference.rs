@@ -34,6 +34,8 @@ pub(crate) struct Reference {
     pub(crate) gicv3: bool,
     pub(crate) control: u32,
     pub(crate) private: Vec<[Interrupt; 32]>,
+    /// Which groups each vCPU's CPU interface signals, one bit each.
+    pub(crate) groups: Vec<u64>,
     /// Which vCPUs are on.
     pub(crate) on: Vec<bool>,
     /// By their numbers, from 32 on.
@@ -50,6 +52,7 @@ impl Reference {
             gicv3,
             control: 0,
             private: vec![[reset; 32]; vcpus],
+            groups: vec![0b11; vcpus],
             on: vec![true; vcpus],
             shared: [reset; 96],
         }
@@ -88,8 +91,9 @@ impl Reference {
             .zip(&self.shared)
             .filter(|(_, interrupt)| self.target(interrupt) == Some(vcpu));
         let forwarded = |interrupt: &Interrupt| {
-            let bit = if interrupt.group1 { 2 } else { 1 };
-            interrupt.enabled && self.control & bit != 0
+            let bit: u32 = if interrupt.group1 { 2 } else { 1 };
+            let signalled = self.groups[vcpu] & u64::from(bit) != 0;
+            interrupt.enabled && self.control & bit != 0 && signalled
         };
         let candidates: Vec<(u16, u8)> = own
             .chain(shared)

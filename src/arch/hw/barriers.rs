@@ -23,6 +23,8 @@ barriers! {
     dsb_nshst => "dsb nshst";
     /// `DSB NSH`: completes earlier local invalidations.
     dsb_nsh => "dsb nsh";
+    /// `DSB LD`: waits for earlier loads, of devices too, before anything later.
+    dsb_ld => "dsb ld";
     /// `ISB`: synchronizes the context of this CPU.
     isb => "isb";
     /// `WFI`: sleeps until an interrupt is pending, masked or not.

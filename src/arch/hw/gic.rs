@@ -4,8 +4,9 @@ use super::registers::{mrs, msr, note_register_writes};
 use super::{dsb_ishst, isb};
 use crate::arch::ich_reset;
 
-/// ICC_SRE_EL2: system registers for EL2 (SRE) and for guests (Enable), no bypass (DFB, DIB).
-const SRE_ALL: u64 = 0b1111;
+/// ICC_SRE_EL1 and ICC_SRE_EL2: system registers (SRE), no bypass (DFB, DIB). Without ICC_SRE_EL2.Enable a guest's accesses to
+/// ICC_SRE_EL1 trap, so that none takes the registers from the guests after it.
+const SRE: u64 = 0b0111;
 /// ICC_CTLR_EL1.EOImode: EOIR drops the priority, DIR deactivates.
 const CTLR_EOIMODE: u64 = 1 << 1;
 /// ICC_CTLR_EL1.RSS: SGIs reach Aff0 of 16 and more.
@@ -28,7 +29,9 @@ macro_rules! write {
 /// Opens this CPU's interface: EOImode = 1, group 1, all priorities; virtual interface at rest. Whether Aff0 beyond 15
 /// can be sent to.
 pub fn icc_init() -> bool {
-    write!("icc_sre_el2", SRE_ALL);
+    write!("icc_sre_el2", SRE);
+    isb();
+    write!("icc_sre_el1", SRE);
     isb();
     write!("icc_pmr_el1", PMR_ALL);
     write!("icc_bpr1_el1", 0_u64);

@@ -197,7 +197,17 @@ impl Gic {
         }
     }
 
-    /// Makes the private interrupt `intid` of this CPU, which is at position `cpu`, active or inactive.
+    /// Of the SGIs and `intid`, which is private, those that are pending or active on the CPU at position `cpu`, one bit each.
+    /// `None`: it is another CPU, and the controller a GICv2, where only the CPU itself sees them.
+    pub fn in_flight(&self, cpu: usize, intid: u32) -> Option<u32> {
+        let found = match self {
+            Self::V2(gic) => gic.in_flight(cpu),
+            Self::V3(gic) => gic.in_flight(cpu),
+        };
+        found.map(|found| found & (ALL_SGIS | bits(&[intid])))
+    }
+
+    /// Makes the private interrupt `intid` of this CPU, which is at position `cpu`, active or inactive. It is when this returns.
     pub fn set_active(&self, cpu: usize, intid: u32, active: bool) {
         match self {
             Self::V2(gic) => gic.set_active(intid, active),

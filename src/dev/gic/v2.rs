@@ -19,6 +19,7 @@ const GICD_TYPER: usize = 0x004;
 const GICD_IGROUPR: usize = 0x080;
 const GICD_ISENABLER: usize = 0x100;
 const GICD_ICENABLER: usize = 0x180;
+const GICD_ISPENDR: usize = 0x200;
 const GICD_ICPENDR: usize = 0x280;
 const GICD_ISACTIVER: usize = 0x300;
 const GICD_ICACTIVER: usize = 0x380;
@@ -99,10 +100,8 @@ impl Gic {
             gicd.write(GICD_IPRIORITYR + 4 * priority, PRIORITIES);
         }
         gicd.write(GICD_ISENABLER, ALL_SGIS | bits(enabled));
-        // Reads as this CPU's own bit in each byte; zero on a machine of one CPU.
-        let own = (gicd.read(GICD_ITARGETSR) & 0xff).max(1);
         if let Some(slot) = self.own.get(found) {
-            slot.store(own, Ordering::Release);
+            slot.store(self.own_target(), Ordering::Release);
         }
         self.rest_virtual_interface();
         self.cpu_interface.write(GICC_PMR, 0xff);
@@ -133,6 +132,8 @@ impl Gic {
     #[inline]
     pub(super) fn acknowledge(&self) -> Option<u32> {
         let iar = self.cpu_interface.read(GICC_IAR);
+        // Whoever sent the interrupt wrote first; what it wrote must not be read before this.
+        arch::dsb_ld();
         (iar & INTID < SPECIAL).then_some(iar)
     }
 
@@ -159,6 +160,19 @@ impl Gic {
         self.distributor.read(GICD_ISACTIVER) & bits(&[intid]) != 0
     }
 
+    /// Of a CPU's private interrupts, those that are pending or active, if it is this CPU.
+    pub(super) fn in_flight(&self, cpu: usize) -> Option<u32> {
+        let gicd = self.distributor;
+        let target = self.targets.get()?.get(cpu)?;
+        let is_own = self.own_target() == *target;
+        is_own.then(|| gicd.read(GICD_ISPENDR) | gicd.read(GICD_ISACTIVER))
+    }
+
+    /// This CPU's bit, which its own target registers read as; on a machine of one CPU they read as zero.
+    fn own_target(&self) -> u32 {
+        (self.distributor.read(GICD_ITARGETSR) & 0xff).max(1)
+    }
+
     pub(super) fn set_active(&self, intid: u32, active: bool) {
         self.distributor.write(
             if active {
@@ -168,6 +182,9 @@ impl Gic {
             },
             bits(&[intid]),
         );
+        // The write may be posted, and must not arrive after a guest's deactivation.
+        self.distributor.read(GICD_ISACTIVER);
+        arch::dsb_ld();
     }
 
     pub(super) fn set_enabled(&self, intid: u32, enabled: bool) {
@@ -196,5 +213,57 @@ impl Gic {
     /// GICH of the CPU that asks.
     pub fn hypervisor_interface(&self) -> Registers {
         self.hypervisor_interface
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use spin::Once;
+
+    use super::{GICC_IAR, GICD_ICACTIVER, GICD_ISACTIVER, Gic};
+    use crate::addr::Pa;
+    use crate::dev::mmio::Registers;
+    use crate::dev::posted::{Device, Done};
+
+    const TIMER: u32 = 1 << 27;
+
+    fn controller() -> Gic {
+        // SAFETY: while a fake device is plugged in, nothing is at any address.
+        let registers = unsafe { Registers::new(Pa::new(0)) };
+        Gic {
+            distributor: registers,
+            cpu_interface: registers,
+            hypervisor_interface: registers,
+            own: Default::default(),
+            targets: Once::new(),
+        }
+    }
+
+    #[test]
+    fn nothing_is_read_before_the_interrupt_that_announces_it() {
+        let device = Device::plug(3 << 10 | 1, |_, _, _| ());
+        assert_eq!(controller().acknowledge(), Some(3 << 10 | 1));
+        assert_eq!(
+            device.take_done(),
+            [Done::Read(GICC_IAR), Done::WaitedForReads]
+        );
+    }
+
+    #[test]
+    fn the_active_state_is_there_before_a_guest_can_end_the_interrupt() {
+        let device = Device::plug(0, |active, register, bits| match register {
+            GICD_ISACTIVER => *active |= bits,
+            GICD_ICACTIVER => *active &= !bits,
+            _ => {}
+        });
+        let gic = controller();
+        gic.set_active(27, true);
+        // GICV_EOIR or GICV_DIR: another device, as far as the bus knows.
+        device.change(|active| *active &= !TIMER);
+        device.settle();
+        assert_eq!(device.change(|_| ()), 0, "it stays active for ever");
+        gic.set_active(27, true);
+        gic.set_active(27, false);
+        assert_eq!(device.change(|_| ()), 0);
     }
 }

@@ -25,6 +25,7 @@ const FRAMES_WITH_VLPIS: u64 = 0x4_0000;
 /// Registers of the SGI frame, from the start of the redistributor.
 const GICR_ISENABLER0: usize = 0x1_0100;
 const GICR_ICENABLER0: usize = 0x1_0180;
+const GICR_ISPENDR0: usize = 0x1_0200;
 const GICR_ICPENDR0: usize = 0x1_0280;
 const GICR_ISACTIVER0: usize = 0x1_0300;
 const GICR_ICACTIVER0: usize = 0x1_0380;
@@ -146,6 +147,12 @@ impl Gic {
             .is_some_and(|it| it.redistributor.read(GICR_ISACTIVER0) & bits(&[intid]) != 0)
     }
 
+    /// Of a CPU's private interrupts, those that are pending or active.
+    pub(super) fn in_flight(&self, cpu: usize) -> Option<u32> {
+        let redistributor = self.cpu(cpu)?.redistributor;
+        Some(redistributor.read(GICR_ISPENDR0) | redistributor.read(GICR_ISACTIVER0))
+    }
+
     pub(super) fn set_active(&self, cpu: usize, intid: u32, active: bool) {
         self.write(
             cpu,
@@ -156,6 +163,9 @@ impl Gic {
             },
             intid,
         );
+        // The write may be posted, and must not arrive after a guest's deactivation, which is no access to memory.
+        self.is_active(cpu, intid);
+        arch::dsb_ld();
     }
 
     pub(super) fn set_enabled(&self, cpu: usize, intid: u32, enabled: bool) {
@@ -238,7 +248,55 @@ unsafe fn walk_region(region: &Range<Pa>, found: &mut Vec<Cpu>) {
 
 #[cfg(test)]
 mod tests {
-    use super::sgi_value;
+    use spin::Once;
+
+    use super::{Cpu, GICR_ICACTIVER0, GICR_ISACTIVER0, Gic, sgi_value};
+    use crate::addr::Pa;
+    use crate::dev::mmio::Registers;
+    use crate::dev::posted::{Device, Done};
+
+    const TIMER: u32 = 1 << 27;
+
+    /// A controller of one CPU, whose redistributor is a fake one.
+    fn controller() -> Gic {
+        // SAFETY: while a fake device is plugged in, nothing is at any address.
+        let registers = unsafe { Registers::new(Pa::new(0)) };
+        let cpu = Cpu {
+            affinity: 0,
+            redistributor: registers,
+        };
+        Gic {
+            distributor: registers,
+            found: [Some(cpu)].into(),
+            cpus: Once::initialized([cpu].into()),
+        }
+    }
+
+    #[test]
+    fn the_active_state_is_there_before_a_guest_can_end_the_interrupt() {
+        let redistributor = Device::plug(0, |active, register, bits| match register {
+            GICR_ISACTIVER0 => *active |= bits,
+            GICR_ICACTIVER0 => *active &= !bits,
+            _ => {}
+        });
+        let gic = controller();
+        gic.set_active(0, 27, true);
+        assert_eq!(
+            redistributor.take_done(),
+            [
+                Done::Write(GICR_ISACTIVER0, TIMER),
+                Done::Read(GICR_ISACTIVER0),
+                Done::WaitedForReads
+            ]
+        );
+        // ICC_EOIR1_EL1 or ICC_DIR_EL1: on its own way to the controller.
+        redistributor.change(|active| *active &= !TIMER);
+        redistributor.settle();
+        assert_eq!(redistributor.change(|_| ()), 0, "it stays active for ever");
+        gic.set_active(0, 27, true);
+        gic.set_active(0, 27, false);
+        assert_eq!(redistributor.change(|_| ()), 0);
+    }
 
     #[test]
     fn an_sgi_names_its_cpu_by_affinity() {

@@ -35,6 +35,10 @@ const GROUPS: u32 = 0b11;
 /// GICD_CTLR of GICv3: DS and ARE, both always one: one security state, affinity routing only.
 const FIXED_CONTROL: u32 = 1 << 6 | 1 << 4;
 
+/// Looks for an answer after which whoever owes it is told once more. None is known to be lost; a CPU that waits here is at EL2
+/// with interrupts masked, so it must not depend on that.
+const POLLS: u32 = 1 << 14;
+
 /// A frame of registers.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Frame {
@@ -68,6 +72,8 @@ pub trait Accessor {
     fn mark(&self, vcpu: usize);
     /// Makes `vcpu` bring its list registers up to date: the accessing one before it goes on, another at once.
     fn alert(&self, vcpu: usize);
+    /// As [`Self::alert`], even if word of it seems to be on its way.
+    fn insist(&self, vcpu: usize);
     /// Takes back what the accessing vCPU has listed.
     fn take_back(&mut self);
     /// Passes time while another vCPU takes back.
@@ -287,8 +293,13 @@ fn look(it: &mut impl Accessor, of: usize) -> Option<Answer> {
     drop(private);
     it.take_back();
     it.alert(of);
+    let mut polls = 0_u32;
     loop {
         it.wait();
+        polls = polls.wrapping_add(1);
+        if polls.is_multiple_of(POLLS) {
+            it.insist(of);
+        }
         let private = it.private(of)?.lock();
         let answer = private.answer();
         let new = Some(answer).filter(|answer| answer.number != last.number);
@@ -310,8 +321,13 @@ fn look_shared(it: &mut impl Accessor, offset: u64) -> Option<Seen> {
         return Some(seen);
     }
     concerned.for_each(|vcpu| it.alert(vcpu));
+    let mut polls = 0_u32;
     loop {
         it.wait();
+        polls = polls.wrapping_add(1);
+        if polls.is_multiple_of(POLLS) {
+            concerned.for_each(|vcpu| it.insist(vcpu));
+        }
         let found = it.shared().lock().found(word, seen);
         if found.is_some() {
             return found;
@@ -372,8 +388,12 @@ fn send_to(it: &impl Accessor, vcpu: usize, intid: u8, group1: Option<bool>) {
     it.alert(vcpu);
 }
 
-/// ICC_DIR_EL1 or GICC_DIR, which always come here: the interrupt may be one that another vCPU took, or that has no list
+/// ICC_DIR_EL1 or GICC_DIR, which come here because the interrupt may be one that another vCPU took, or that has no list
 /// register any more, and the CPU interface would only count it. With EOImode 0 it does nothing.
+///
+/// A GICv3 CPU whose ICC_DIR_EL1 cannot be trapped by itself (ICH_VTR_EL2.TDS is 0: Cortex-A72 and others of its time) sends only
+/// GICC_DIR here. There the CPU interface ends what the vCPU itself has listed, and an SPI that another vCPU took stays
+/// active. Guests that choose EOImode 0, as Linux does at EL1, never write the register.
 pub fn deactivate(it: &mut impl Accessor, intid: u32) {
     let Some(intid) = u16::try_from(intid).ok().filter(|_| it.deactivates()) else {
         return;

@@ -5,7 +5,7 @@ use core::sync::atomic::{AtomicBool, Ordering};
 use spin::Mutex;
 
 use super::interface::{Interface, Returned};
-use super::listing::Listing;
+use super::listing::{Groups, Listing};
 use super::private::{Private, Wiring};
 use super::shared::{FIRST, SPIS, Shared, Target};
 
@@ -107,19 +107,22 @@ impl Holder<'_> {
         home: impl Fn(Target) -> Option<usize>,
         mark: impl Fn(usize),
     ) -> VcpuSet {
-        self.exchange(interface, &home, mark, |_| ()).1
+        self.exchange(interface, &home, mark, |_, _| ()).1
     }
 
-    /// Brings the list registers up to date with the models. Returns what is listed, and vCPUs as above.
+    /// Brings the list registers up to date with the models. Returns what is listed, and vCPUs as above. `wiring` is asked under
+    /// the locks: who disables a group writes that first, and then looks under them whether anything is still listed.
     pub fn relist(
         &self,
         interface: &mut Interface,
-        wiring: &Wiring,
+        wiring: impl FnOnce() -> Wiring,
         home: impl Fn(Target) -> Option<usize>,
         mark: impl Fn(usize),
     ) -> (Listing, VcpuSet) {
-        let (listing, others) = self.exchange(interface, &home, mark, |models| {
-            let (listing, any) = models.list(wiring, |target| home(target) == Some(self.index));
+        let (listing, others) = self.exchange(interface, &home, mark, |models, interface| {
+            let is_home = |target| home(target) == Some(self.index);
+            let groups = || interface.groups_taken();
+            let (listing, any) = models.list(&wiring(), is_home, groups);
             if models.shared.is_some() {
                 // What is listed counts as in flight, so whoever takes it back looks at the shared ones.
                 self.spis.store(any, Ordering::Relaxed);
@@ -135,7 +138,7 @@ impl Holder<'_> {
         interface: &mut Interface,
         home: &impl Fn(Target) -> Option<usize>,
         mark: impl Fn(usize),
-        work: impl FnOnce(&mut Models<'_>) -> R,
+        work: impl FnOnce(&mut Models<'_>, &Interface) -> R,
     ) -> (R, VcpuSet) {
         let mut private = self.private.lock();
         let mut shared = self
@@ -154,7 +157,7 @@ impl Holder<'_> {
         let concern = |shared| concern(shared, returned, home, mark);
         let mut others = shared.map(concern).unwrap_or_default();
         others.remove(self.index);
-        (work(&mut models), others)
+        (work(&mut models, interface), others)
     }
 }
 
@@ -213,14 +216,23 @@ impl Models<'_> {
         }
     }
 
-    /// Decides what to list and takes it out of the models. `is_home` knows which targets mean this vCPU. Also returns
-    /// whether any shared interrupt is in flight for it.
-    pub fn list(&mut self, wiring: &Wiring, is_home: impl Fn(Target) -> bool) -> (Listing, bool) {
-        let mut listing = Listing::new(wiring.lists, self.private.turn);
+    /// Decides what to list and takes it out of the models. `is_home` knows which targets mean this vCPU, `groups` which groups
+    /// the guest lets its CPU interface signal; that is asked only if not everything fits. Also returns whether any shared
+    /// interrupt is in flight for it.
+    pub fn list(
+        &mut self,
+        wiring: &Wiring,
+        is_home: impl Fn(Target) -> bool,
+        groups: impl FnOnce() -> Groups,
+    ) -> (Listing, bool) {
+        // In one place: it is large, and each exit that changes what is listed comes here.
+        let mut listing = Listing::new(wiring.lists, self.private.turn, Groups::BOTH);
         listing.release = self.private.release(wiring);
-        self.private.offer(wiring, &mut listing);
-        let shared = self.shared.as_deref();
-        let any = shared.is_some_and(|shared| shared.offer(wiring, is_home, &mut listing));
+        let any = self.offer(wiring, &is_home, &mut listing);
+        if listing.leaves_any() {
+            listing.start_over(groups());
+            self.offer(wiring, &is_home, &mut listing);
+        }
         listing.close();
         for entry in listing.listed() {
             match self.shared.as_deref_mut().filter(|_| entry.intid >= FIRST) {
@@ -229,5 +241,18 @@ impl Models<'_> {
             }
         }
         (listing, any)
+    }
+
+    /// Offers everything. Whether any shared interrupt is in flight for this vCPU.
+    #[inline]
+    fn offer(
+        &self,
+        wiring: &Wiring,
+        is_home: impl Fn(Target) -> bool,
+        listing: &mut Listing,
+    ) -> bool {
+        self.private.offer(wiring, listing);
+        let shared = self.shared.as_deref();
+        shared.is_some_and(|shared| shared.offer(wiring, is_home, listing))
     }
 }

@@ -1,6 +1,6 @@
 //! The hypervisor's side of the virtual CPU interface, on the CPU that holds the vCPU: ICH_* or GICH.
 
-use super::listing::{Listing, MOST_LISTS};
+use super::listing::{Groups, Listing, MOST_LISTS};
 use super::lists::{Entry, Format, SGIS, State};
 use crate::arch;
 use crate::dev::gic::Gic;
@@ -20,10 +20,18 @@ const HCR_ENABLE: u64 = 1 << 0;
 const HCR_NOT_PRESENT: u64 = 1 << 2;
 /// As above: maintenance interrupt when no listed interrupt is pending.
 const HCR_NONE_PENDING: u64 = 1 << 3;
+/// As above: maintenance interrupt while the guest has group 0 signalled, or has it not; the same of group 1.
+const HCR_GROUP0_ENABLED: u64 = 1 << 4;
+const HCR_GROUP0_DISABLED: u64 = 1 << 5;
+const HCR_GROUP1_ENABLED: u64 = 1 << 6;
+const HCR_GROUP1_DISABLED: u64 = 1 << 7;
 /// ICH_HCR_EL2: the guest's deactivations by ICC_DIR_EL1 trap.
 const HCR_TRAP_DEACTIVATION: u64 = 1 << 14;
 const HCR_EOI_COUNT: u32 = 27;
-/// ICH_VMCR_EL2 and GICH_VMCR: EOImode.
+/// ICH_VMCR_EL2 and GICH_VMCR: the guest has each group signalled.
+const VMCR_GROUP0: u64 = 1 << 0;
+const VMCR_GROUP1: u64 = 1 << 1;
+/// As above: EOImode.
 const VMCR_EOI_MODE: u64 = 1 << 9;
 
 /// Where the registers are.
@@ -106,26 +114,21 @@ impl Interface {
         this
     }
 
-    /// Turns it off; everything listed has been taken back.
+    /// Turns it off; everything listed has been taken back, so the list registers are empty. What else it has stays until another
+    /// vCPU's takes its place, and does nothing meanwhile.
     pub fn put(&self) -> Saved {
         self.set_hcr(0);
         match self.access {
-            Access::V3 => {
-                let saved = Saved {
-                    vmcr: arch::ich_vmcr(),
-                    active_priorities: arch::ich_active_priorities(),
-                };
-                arch::ich_reset();
-                saved
-            }
+            Access::V3 => Saved {
+                vmcr: arch::ich_vmcr(),
+                active_priorities: arch::ich_active_priorities(),
+            },
             Access::V2(gich) => {
                 let mut saved = Saved {
                     vmcr: u64::from(gich.read(GICH_VMCR)),
                     active_priorities: [0; 8],
                 };
                 saved.active_priorities[0] = u64::from(gich.read(GICH_APR));
-                gich.write(GICH_VMCR, 0);
-                gich.write(GICH_APR, 0);
                 saved
             }
         }
@@ -144,11 +147,24 @@ impl Interface {
 
     /// Whether the guest has chosen to deactivate interrupts apart from dropping their priority.
     pub fn has_eoi_mode(&self) -> bool {
-        let vmcr = match self.access {
+        self.vmcr() & VMCR_EOI_MODE != 0
+    }
+
+    /// The groups that the guest lets this interface signal.
+    #[cold]
+    pub fn groups_taken(&self) -> Groups {
+        let vmcr = self.vmcr();
+        Groups {
+            group0: vmcr & VMCR_GROUP0 != 0,
+            group1: vmcr & VMCR_GROUP1 != 0,
+        }
+    }
+
+    fn vmcr(&self) -> u64 {
+        match self.access {
             Access::V3 => arch::ich_vmcr(),
             Access::V2(gich) => u64::from(gich.read(GICH_VMCR)),
-        };
-        vmcr & VMCR_EOI_MODE != 0
+        }
     }
 
     /// Empties the list registers, telling `each` what became of every interrupt.
@@ -177,7 +193,7 @@ impl Interface {
     #[inline]
     pub fn only_ended(&self) -> Option<Option<Entry>> {
         if !self.in_use {
-            return Some(None);
+            return (self.hcr == self.always).then_some(None);
         }
         let [Some(entry), None, ..] = &self.listed else {
             return None;
@@ -221,7 +237,8 @@ impl Interface {
         let when = |left, maintenance| if left { maintenance } else { 0 };
         let hcr = self.always
             | when(listing.pending_left, HCR_NONE_PENDING)
-            | when(listing.active_left, HCR_NOT_PRESENT);
+            | when(listing.active_left, HCR_NOT_PRESENT)
+            | listing.groups().map_or(0, hcr_until_changed);
         // Writing it also resets the count of ended interrupts.
         if hcr != self.hcr || self.active_left {
             self.set_hcr(hcr);
@@ -252,6 +269,21 @@ impl Interface {
             Access::V2(gich) => gich.write(GICH_HCR, low_word(value)),
         }
     }
+}
+
+/// What HCR has for a maintenance interrupt when other groups are signalled than these.
+const fn hcr_until_changed(Groups { group0, group1 }: Groups) -> u64 {
+    let group0 = if group0 {
+        HCR_GROUP0_DISABLED
+    } else {
+        HCR_GROUP0_ENABLED
+    };
+    let group1 = if group1 {
+        HCR_GROUP1_DISABLED
+    } else {
+        HCR_GROUP1_ENABLED
+    };
+    group0 | group1
 }
 
 fn count(access: Access) -> usize {
@@ -323,7 +355,9 @@ mod tests {
             shared: None,
         };
         interface.take_back(|what| models.take_back(what, &mut SpiSet::default()));
-        interface.list(&models.list(&WIRING, |_| false).0);
+        let groups = || interface.groups_taken();
+        let listing = models.list(&WIRING, |_| false, groups).0;
+        interface.list(&listing);
     }
 
     #[test]
@@ -349,14 +383,48 @@ mod tests {
     }
 
     #[test]
-    fn more_interrupts_than_list_registers_ask_for_maintenance_until_they_fit() {
+    fn an_overflow_that_was_taken_back_is_no_usual_case() {
         let (mut private, mut interface) =
             (private(), Interface::load(Access::V3, &Saved::default()));
+        assert_eq!(interface.only_ended(), Some(None));
         for intid in 0..5 {
             private.send(intid, 0);
         }
         relist(&mut private, &mut interface);
-        assert_eq!(arch::ich_hcr(), 1 << 14 | 0b1001);
+        interface.take_back(|_| ());
+        // Maintenance is still asked for.
+        assert_eq!(interface.only_ended(), None);
+    }
+
+    #[test]
+    fn a_group_that_becomes_signalled_is_told_when_not_everything_fits() {
+        let (mut private, mut interface) =
+            (private(), Interface::load(Access::V3, &Saved::default()));
+        for intid in 0..6 {
+            private.send(intid, 0);
+        }
+        for (vmcr, hcr) in [
+            (0b00, 0b0101_0000),
+            (0b01, 0b0110_0000),
+            (0b10, 0b1001_1000),
+            (0b11, 0b1010_1000),
+        ] {
+            arch::set_ich_vmcr(vmcr);
+            relist(&mut private, &mut interface);
+            assert_eq!(arch::ich_hcr(), 1 << 14 | hcr | 1, "{vmcr:#b}");
+        }
+    }
+
+    #[test]
+    fn more_interrupts_than_list_registers_ask_for_maintenance_until_they_fit() {
+        let (mut private, mut interface) =
+            (private(), Interface::load(Access::V3, &Saved::default()));
+        arch::set_ich_vmcr(0b11);
+        for intid in 0..5 {
+            private.send(intid, 0);
+        }
+        relist(&mut private, &mut interface);
+        assert_eq!(arch::ich_hcr(), 1 << 14 | 0b1010_1001);
         for index in 0..4 {
             arch::set_ich_lr(index, 0);
         }

@@ -5,10 +5,14 @@
 //! - Pending interrupts are listed by priority, and within one priority in turn: the turn begins behind the interrupt
 //!   that the guest took last, so none of the same priority is passed over for ever.
 //!
+//! - Pending interrupts of a group that the guest keeps its CPU interface from signalling come last: as long as it does, they
+//!   cannot be taken, whatever their priority.
+//!
 //! What does not fit needs maintenance interrupts. *Pending* interrupts are left out: one when no listed interrupt is
 //! pending any more (`NPIE`), which is when one that was left out may be next. The other choice, `UIE` (at most one list
 //! register in use), would never come while the guest keeps interrupts active. *Active* interrupts are left out: one when
-//! the guest has ended an interrupt that is not listed (`LRENPIE`), because its line may make it pending again.
+//! the guest has ended an interrupt that is not listed (`LRENPIE`), because its line may make it pending again. And in
+//! either case one when the guest lets another choice of groups be signalled (`VGrp<n>EIE`, `VGrp<n>DIE`).
 
 use super::lists::{Entry, State};
 
@@ -17,6 +21,23 @@ pub const MOST_LISTS: usize = 16;
 
 /// Numbers among which turns are taken.
 const TURNS: u16 = 1024;
+
+/// The groups that a guest lets its CPU interface signal.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Groups {
+    /// Group 0.
+    pub group0: bool,
+    /// Group 1.
+    pub group1: bool,
+}
+
+impl Groups {
+    /// Both.
+    pub const BOTH: Self = Self {
+        group0: true,
+        group1: true,
+    };
+}
 
 /// What is to be done with the virtual CPU interface.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -29,6 +50,7 @@ pub struct Listing {
     pub active_left: bool,
     /// The physical twin has to be deactivated.
     pub release: bool,
+    groups: Groups,
     most: usize,
     turn: u16,
     most_urgent: Option<Entry>,
@@ -37,13 +59,14 @@ pub struct Listing {
 }
 
 impl Listing {
-    /// Nothing, for `lists` list registers; among equals, `turn` comes first.
-    pub fn new(lists: usize, turn: u16) -> Self {
+    /// Nothing, for `lists` list registers; among equals, `turn` comes first. `groups` are signalled.
+    pub fn new(lists: usize, turn: u16, groups: Groups) -> Self {
         Self {
             entries: [None; MOST_LISTS],
             pending_left: false,
             active_left: false,
             release: false,
+            groups,
             most: lists.clamp(1, MOST_LISTS),
             turn,
             most_urgent: None,
@@ -54,11 +77,18 @@ impl Listing {
 
     /// Takes `entry` in, or leaves it or another out.
     pub fn offer(&mut self, entry: Entry) {
+        let Groups { group0, group1 } = self.groups;
+        let is_signalled = |entry: &Entry| if entry.group1 { group1 } else { group0 };
         let rank = |entry: &Entry| {
             let turn = entry.intid.wrapping_sub(self.turn) % TURNS;
-            (entry.state == State::Pending, entry.priority, turn)
+            let class = match entry.state {
+                State::Pending if is_signalled(entry) => 1,
+                State::Pending => 2,
+                _ => 0,
+            };
+            (class, entry.priority, turn)
         };
-        if entry.state == State::Pending {
+        if entry.state == State::Pending && is_signalled(&entry) {
             self.pending += 1;
             let urgent = |other| rank(&entry) < rank(&other);
             if self.most_urgent.is_none_or(urgent) {
@@ -76,6 +106,24 @@ impl Listing {
         self.left |= next.is_some();
     }
 
+    /// Forgets what was offered; `groups` are signalled.
+    #[cold]
+    pub fn start_over(&mut self, groups: Groups) {
+        let release = self.release;
+        *self = Self::new(self.most, self.turn, groups);
+        self.release = release;
+    }
+
+    /// Not everything that was offered fits.
+    pub fn leaves_any(&self) -> bool {
+        self.left
+    }
+
+    /// The groups that are signalled, if interrupts are left out for which that matters.
+    pub fn groups(&self) -> Option<Groups> {
+        self.left.then_some(self.groups)
+    }
+
     /// Ends the offers.
     pub fn close(&mut self) {
         if !self.left {
@@ -89,8 +137,12 @@ impl Listing {
             self.active_left = true;
         }
         let is_pending = |entry: &&Entry| entry.state == State::Pending;
+        let Groups { group0, group1 } = self.groups;
+        let is_signalled = |entry: &&Entry| if entry.group1 { group1 } else { group0 };
         let listed = self.listed().filter(is_pending).count();
-        self.pending_left = listed < self.pending;
+        let signalled = self.listed().filter(is_pending).filter(is_signalled);
+        // If any is left out, those that are not signalled are, too: none of them keeps NPIE from coming.
+        self.pending_left = signalled.count() < self.pending;
         self.active_left |= listed == 0;
         if !self.pending_left {
             return;
@@ -117,7 +169,7 @@ impl Listing {
 
 #[cfg(test)]
 mod tests {
-    use super::Listing;
+    use super::{Groups, Listing};
     use crate::vm::vgic::lists::{Entry, State};
 
     fn entry(intid: u16, priority: u8, state: State) -> Entry {
@@ -133,7 +185,7 @@ mod tests {
     }
 
     fn of(lists: usize, turn: u16, offers: &[(u16, u8, State)]) -> Listing {
-        let mut listing = Listing::new(lists, turn);
+        let mut listing = Listing::new(lists, turn, Groups::BOTH);
         for (intid, priority, state) in offers {
             listing.offer(entry(*intid, *priority, *state));
         }
@@ -191,6 +243,34 @@ mod tests {
         assert_eq!(intids(&of(2, 0, &offers)), [8, 9]);
         assert_eq!(intids(&of(2, 10, &offers)), [10, 60]);
         assert_eq!(intids(&of(2, 61, &offers)), [8, 9]);
+    }
+
+    #[test]
+    fn what_cannot_be_signalled_takes_no_list_register_from_what_can() {
+        let groups = Groups {
+            group0: false,
+            group1: true,
+        };
+        let listing = |lists| {
+            let mut listing = Listing::new(lists, 0, groups);
+            for intid in 1..5 {
+                let silent = entry(intid, 0, Pending);
+                listing.offer(Entry {
+                    group1: false,
+                    ..silent
+                });
+            }
+            listing.offer(entry(27, 0xa0, Pending));
+            listing.offer(entry(3, 0xf0, Active));
+            listing.close();
+            listing
+        };
+        assert_eq!(intids(&listing(4)), [3, 27, 1, 2]);
+        assert!(!listing(4).pending_left && !listing(4).active_left);
+        assert_eq!(listing(4).groups(), Some(groups));
+        assert_eq!(intids(&listing(1)), [27]);
+        assert!(!listing(1).pending_left && listing(1).active_left);
+        assert_eq!(listing(6).groups(), None);
     }
 
     #[test]

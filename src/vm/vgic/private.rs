@@ -271,9 +271,12 @@ impl Private {
         let (pending, active, again) = self.later.apply(it, untaken, handled);
         if active {
             self.active |= it;
-            if let Some(sender) = self.sender.get_mut(index) {
-                *sender = listed.source;
-            }
+        }
+        let taken = listed.state.is_pending() && !untaken;
+        if (active || taken)
+            && let Some(sender) = self.sender.get_mut(index)
+        {
+            *sender = listed.source;
         }
         if intid < SGIS {
             if pending {
@@ -281,7 +284,7 @@ impl Private {
             }
             return;
         }
-        if listed.state.is_pending() && !untaken {
+        if taken {
             self.pending &= !it;
         }
         if again {
@@ -514,6 +517,7 @@ const fn bit8(source: u8) -> u8 {
 mod tests {
     use super::{Entry, Listing, Private, State, Wiring};
     use crate::vm::vgic::flight::Models;
+    use crate::vm::vgic::listing::Groups;
     use crate::vm::vgic::registers::{ICENABLER, IPRIORITYR, ISACTIVER, ISENABLER, ISPENDR};
 
     const WIRING: Wiring = Wiring {
@@ -536,7 +540,7 @@ mod tests {
             private,
             shared: None,
         };
-        models.list(wiring, |_| false).0
+        models.list(wiring, |_| false, || Groups::BOTH).0
     }
 
     fn listed(listing: &Listing) -> Vec<(u16, State)> {
@@ -551,6 +555,29 @@ mod tests {
     fn only(listing: &Listing) -> Entry {
         assert_eq!(listing.entries.iter().flatten().count(), 1);
         listing.entries[0].unwrap()
+    }
+
+    #[test]
+    fn senders_take_turns_whether_the_end_is_seen_or_not() {
+        for end in [Some(State::Active), None] {
+            let mut private = Private::new(false);
+            private.write(ISENABLER, u32::MAX, u32::MAX);
+            let wiring = Wiring {
+                group0_enabled: true,
+                ..WIRING
+            };
+            private.send(3, 0);
+            let mut sources = Vec::new();
+            for _ in 0..4 {
+                private.send(3, 5);
+                private.send(3, 0);
+                let entry = only(&list(&mut private, &wiring));
+                sources.push(entry.source);
+                private.take_back(&entry, end);
+                private.deactivate(3);
+            }
+            assert_eq!(sources, [5, 0, 5, 0], "{end:?}");
+        }
     }
 
     #[test]

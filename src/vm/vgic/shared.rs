@@ -427,7 +427,7 @@ fn places(words: &[u32; WORDS]) -> impl Iterator<Item = Place> {
 #[cfg(test)]
 mod tests {
     use super::{Routing, Shared, State, Target};
-    use crate::vm::vgic::listing::Listing;
+    use crate::vm::vgic::listing::{Groups, Listing};
     use crate::vm::vgic::lists::Entry;
     use crate::vm::vgic::private::Wiring;
 
@@ -448,7 +448,7 @@ mod tests {
     }
 
     fn list(shared: &mut Shared, vcpu: u64) -> Vec<Entry> {
-        let mut listing = Listing::new(4, 0);
+        let mut listing = Listing::new(4, 0, Groups::BOTH);
         let is_home = |target| match target {
             Target::Affinity(affinity) => affinity == vcpu,
             Target::Home(home) => home as u64 == vcpu,
