@@ -1,20 +1,29 @@
 //! Suite `share`: what each of several VMs gets of CPUs that they share, by the guests' own count of the rounds they did.
 //!
 //! One VM for each weight named, with as many vCPUs as said, spread over all CPUs but the controller's. Every vCPU runs rounds
-//! of loads and stores and never sleeps.
+//! of loads and stores and never sleeps. With `flood-baud=` those of the last VM write to its console all the time instead, and
+//! never wait for it; how long exits keep a CPU is measured, too.
 
 use alloc::vec::Vec;
 
 use crate::arch;
+use crate::guest::abi::op;
+use crate::log;
 use crate::mmu::Locking;
+use crate::vm::Command;
 use crate::vm::run;
 
 use super::Refusal;
+use super::clock::{exit_times, measure_exits};
 use super::report::{Row, progress};
 use super::scene::{Cast, Part, Scene, Stage};
 
 /// One page: after the first round nothing faults.
 const PAGE: Part = Part { first: 0, pages: 1 };
+const FLOOD: Command = Command {
+    op: op::FLOOD,
+    args: [0; 5],
+};
 
 /// Runs them side by side; false when a vCPU got nowhere.
 pub(super) fn run(stage: &Stage<'_>) -> Result<bool, Refusal> {
@@ -37,17 +46,30 @@ pub(super) fn run(stage: &Stage<'_>) -> Result<bool, Refusal> {
         .iter()
         .map(open)
         .collect::<Result<Vec<_>, _>>()?;
-    for scene in &scenes {
+    let (flood, computing) = match scenes.split_last() {
+        Some((last, others)) if params.flood_baud > 0 => (Some(last), others),
+        _ => (None, scenes.as_slice()),
+    };
+    measure_exits(flood.is_some());
+    for scene in computing {
+        // Those that began before have run without this one for a while, and owe it nothing for that.
+        rest_ms(stage, params.run_ms / 10);
         scene.run_rounds(PAGE, PAGE)?;
     }
-    // What began first has run alone for a while.
-    rest_ms(stage, params.run_ms / 10);
+    if let Some(flood) = flood {
+        rest_ms(stage, params.run_ms / 10);
+        log::slow_down(params.flood_baud);
+        flood.set_stop(0)?;
+        flood.post(|_| FLOOD);
+    }
     let before = all_rounds(&scenes)?;
     rest_ms(stage, params.run_ms);
     let after = all_rounds(&scenes)?;
+    let exits: Vec<_> = exit_times().collect();
     for scene in &scenes {
         scene.end_run()?;
     }
+    measure_exits(false);
     let done = before.iter().zip(&after).map(|(before, after)| {
         let each = before.iter().zip(after);
         each.map(|(before, after)| after - before)
@@ -67,10 +89,12 @@ pub(super) fn run(stage: &Stage<'_>) -> Result<bool, Refusal> {
             .param("vcpus", vcpus)
             .param("guest_cpus", guest_cpus)
             .param("weight", weight)
+            .param("flood_baud", params.flood_baud)
             .value("rounds", sum)
             .value("rounds_least", least)
             .value("rounds_most", rounds.iter().max().copied().unwrap_or(0))
             .value("spread_permille", spread(rounds, guest_cpus))
+            .values(exits.iter().copied())
             .value("share_permille", permille(sum, all))
             .value("expected_permille", permille(u64::from(*weight), weights))
             .print();

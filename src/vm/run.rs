@@ -17,6 +17,7 @@ use crate::dev::gic::Gic;
 use crate::dev::machine::MOST_CPUS;
 use crate::mem::frames;
 use crate::sync::percpu;
+use crate::vm::console;
 use crate::vm::host::{self, Host};
 use crate::vm::resident;
 use crate::vm::sched::{End, Queue, Room};
@@ -91,26 +92,27 @@ pub(crate) fn is_shared(cpu: usize) -> bool {
         .is_some_and(|place| place.count.load(Ordering::Acquire) > 1)
 }
 
-/// Whether the turn that `cpu`, the calling CPU, runs has to make way; `is_over`: its slice has ended, or it cannot go on.
-pub(crate) fn has_rival(cpu: usize, is_over: bool) -> bool {
+/// Whether the turn that `cpu`, the calling CPU, runs has to make way; `is_over`: its slice has ended, or it cannot go on. The CPU
+/// only waited for `idle` ticks of its run.
+pub(crate) fn has_rival(cpu: usize, idle: u64, is_over: bool) -> bool {
     let Some(place) = PLACES.get(cpu) else {
         return false;
     };
     let mut turns = place.turns.lock();
-    turns.has_rival(arch::counter(), slice_ticks(), is_over, |turn| {
+    turns.has_rival(arch::counter(), idle, slice_ticks(), is_over, |turn| {
         is_woken(cpu, turn)
     })
 }
 
-/// Sets the EL2 timer of `cpu`, the calling CPU, to the first of: `own`, the time of a sleeper on its queue, the slice's end if
-/// somebody else is ready. Whether it will come.
+/// Sets the EL2 timer of `cpu`, the calling CPU, to the first of: `own`, the time of a sleeper on its queue, the slice's end or
+/// what comes before it if somebody else is ready. Whether it will come.
 pub(crate) fn set_alarm(cpu: usize, own: Option<u64>, slice_end: u64) {
     let queued = PLACES
         .get(cpu)
         .filter(|_| is_shared(cpu))
         .and_then(|place| {
             let turns = place.turns.lock();
-            let slice = turns.has_ready().then_some(slice_end);
+            let slice = turns.makes_way_at(slice_end, slice_ticks());
             turns.alarm().into_iter().chain(slice).min()
         });
     arch::set_hypervisor_timer(own.into_iter().chain(queued).min());
@@ -135,7 +137,7 @@ pub fn cpu_loop() -> ! {
             Some(turn) => run(host, cpu, &turn),
             None => {
                 set_alarm_of_idle(cpu);
-                rest(host.gic);
+                sleep(host.gic);
             }
         }
     }
@@ -148,7 +150,7 @@ fn run(host: &'static Host, cpu: usize, turn: &Turn) {
     let held = resident::hold(host, &turn.vm, vcpu);
     if let Some(place) = PLACES.get(cpu) {
         let mut turns = place.turns.lock();
-        turns.end(arch::counter(), held.idle_ticks, held.end);
+        turns.end(arch::counter(), held.idle_ticks, slice_ticks(), held.end);
     }
 }
 
@@ -197,7 +199,7 @@ fn take_leaving(cpu: usize) -> Option<(Turn, u32)> {
     taken
 }
 
-/// Boot's end wakes the others by a kick, which then stays pending until [`rest`] takes it.
+/// Boot's end wakes the others by a kick, which then stays pending until [`sleep`] takes it.
 fn wait_for_host() -> &'static Host {
     loop {
         match host::get() {
@@ -209,7 +211,7 @@ fn wait_for_host() -> &'static Host {
 
 /// Sleeps until an interrupt is pending for this CPU, and takes it. Interrupts are masked, so one that arrives between
 /// the caller's last look at its work and the sleep ends the sleep at once.
-pub fn rest(gic: &Gic) {
+fn sleep(gic: &Gic) {
     frames::refill();
     arch::wfi();
     if let Some(irq) = gic.acknowledge() {
@@ -220,11 +222,28 @@ pub fn rest(gic: &Gic) {
     }
 }
 
-/// As [`rest`], until tick `deadline` of the counter at the latest. For controllers.
+/// Attends to consoles, then sleeps until an interrupt is pending for this CPU, and takes it. For controllers.
+pub fn rest(gic: &Gic) {
+    rest_with(gic, None);
+}
+
+/// As [`rest`], until tick `deadline` of the counter at the latest.
 pub fn rest_until(gic: &Gic, deadline: u64) {
-    arch::set_hypervisor_timer(Some(deadline));
-    rest(gic);
-    arch::set_hypervisor_timer(None);
+    rest_with(gic, Some(deadline));
+}
+
+fn rest_with(gic: &Gic, deadline: Option<u64>) {
+    // 500 microseconds: the smallest UART's queue holds for 700.
+    const LOOKS_PER_SECOND: u64 = 2000;
+    let look = console::attend().then(|| arch::counter() + arch::counter_hz() / LOOKS_PER_SECOND);
+    let alarm = deadline.into_iter().chain(look).min();
+    if alarm.is_some() {
+        arch::set_hypervisor_timer(alarm);
+    }
+    sleep(gic);
+    if alarm.is_some() {
+        arch::set_hypervisor_timer(None);
+    }
 }
 
 /// How long a vCPU was held, and what it does now.

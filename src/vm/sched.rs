@@ -1,12 +1,14 @@
 //! Who runs next on a CPU: a queue of turns, fair by weight. Pure: time, and what wakes a turn, are arguments.
 //!
 //! Each turn has a *weighted runtime*: the ticks it has run, divided by its weight. The ready turn with the least runs next,
-//! so ready turns share the CPU by their weights. A turn that slept has not saved up for later: when it wakes it is moved
-//! up to the queue's floor, the least runtime of those that lately ran, less a credit, so that it runs soon and not for long.
+//! so ready turns share the CPU by their weights. A turn that slept, or that comes from elsewhere, has not saved up for now: it
+//! is moved up to the queue's floor, which follows the least runtime of those that run or are ready, less a credit for who
+//! slept, so that it runs soon and not for long.
 //!
 //! Changing turns is not free. One that was picked is left alone for a quarter of a slice by all who were ready then, whatever
-//! they are owed; and who yields gets behind those who would work, not only behind the next who would yield. Without either,
-//! many that wait for one by yielding keep it from ever running.
+//! they are owed; if somebody who woke cut its last run shorter than that, by those who wake, too. And who yields gets behind
+//! those who would work, not only behind the next who would yield. Without these, many that wait for one by yielding keep it
+//! from ever running, and so does one that sleeps until the very moment when the other has been loaded.
 //!
 //! Weighted runtimes wrap and are compared by their distance.
 
@@ -31,12 +33,16 @@ struct Entry<T> {
     turn: T,
     weight: u32,
     runtime: u64,
+    /// Its last run was cut short by somebody who woke, so its next is not.
+    cut: bool,
     state: State,
 }
 
 /// What a turn does.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 enum State {
+    /// Was added, and has no place among the others yet.
+    New,
     /// Runs since this tick.
     Running(u64),
     /// Would run, since this tick; whether it gave its last turn away.
@@ -110,11 +116,9 @@ impl<T> Queue<T> {
         self.entries.push(Entry {
             turn,
             weight: weight.clamp(*WEIGHTS.start(), *WEIGHTS.end()),
-            runtime: self.floor,
-            state: State::Ready {
-                since: 0,
-                yielded: false,
-            },
+            runtime: 0,
+            cut: false,
+            state: State::New,
         });
     }
 
@@ -128,7 +132,7 @@ impl<T> Queue<T> {
     /// Who runs from `now` on: of those that are ready, or that `woken` names, or whose time has come, the one that is owed
     /// most. A woken one may be behind the others by `credit` ticks at its weight.
     pub fn pick(&mut self, now: u64, credit: u64, woken: impl Fn(&T) -> bool) -> Option<&T> {
-        self.wake(now, credit, woken);
+        self.wake(now, 0, credit, woken);
         let next = self
             .entries
             .iter_mut()
@@ -141,53 +145,62 @@ impl<T> Queue<T> {
                 }
             })?;
         next.state = State::Running(now);
-        if is_before(self.floor, next.runtime) {
-            self.floor = next.runtime;
-        }
         Some(&next.turn)
     }
 
-    /// Whether the running turn has to make way at `now`: somebody else is ready and is owed more, or anything if the slice
-    /// of the running one, of `credit` ticks, `is_over`. In the first quarter of a slice only who woke since it began counts.
+    /// Whether the running turn has to make way at `now`, after the CPU only waited for `idle` ticks of its run: somebody else
+    /// is ready and is owed more, or anything if the slice of the running one, of `credit` ticks, `is_over`. In the first quarter
+    /// of a slice only who woke since it began counts, and not even that one if the last run was cut short, too.
     pub fn has_rival(
         &mut self,
         now: u64,
+        idle: u64,
         credit: u64,
         is_over: bool,
         woken: impl Fn(&T) -> bool,
     ) -> bool {
-        self.wake(now, credit, woken);
+        self.wake(now, idle, credit, woken);
         if is_over {
             return self.has_ready();
         }
-        let running = self.entries.iter().find_map(|entry| match entry.state {
-            State::Running(since) => Some((entry, since)),
-            _ => None,
-        });
-        let Some((running, began)) = running else {
+        let Some((running, began)) = self.running() else {
             return false;
         };
-        let runs = running
-            .runtime
-            .wrapping_add(weighted(now, began, running.weight));
-        let disturbs = now.saturating_sub(began) >= credit / 4;
+        let runs = running.runtime_at(now, idle);
+        let disturbs = now.saturating_sub(began) >= undisturbed(credit);
         self.entries.iter().any(|entry| match entry.state {
             State::Ready { since, .. } => {
-                (disturbs || since > began) && is_before(entry.runtime, runs)
+                (disturbs || since > began && !running.cut) && is_before(entry.runtime, runs)
             }
             _ => false,
         })
     }
 
-    /// The running turn ends at `now`; for `idle` ticks of it the CPU only waited.
-    pub fn end(&mut self, now: u64, idle: u64, end: End) {
+    /// When the running turn makes way for who is ready, if nothing else happens: at the end of its slice, `slice_end`, or as
+    /// soon as it may be disturbed if somebody who woke since was owed more from the beginning.
+    pub fn makes_way_at(&self, slice_end: u64, credit: u64) -> Option<u64> {
+        let (running, began) = self.running()?;
+        let is_owed_more = |entry: &Entry<T>| match entry.state {
+            State::Ready { since, .. } => {
+                since > began && is_before(entry.runtime, running.runtime)
+            }
+            _ => false,
+        };
+        let early = self.entries.iter().any(is_owed_more);
+        let early = early.then(|| began.saturating_add(undisturbed(credit)));
+        self.has_ready()
+            .then(|| early.map_or(slice_end, |early| early.min(slice_end)))
+    }
+
+    /// The running turn ends at `now`, with slices of `credit` ticks; for `idle` ticks of it the CPU only waited.
+    pub fn end(&mut self, now: u64, idle: u64, credit: u64, end: End) {
+        self.raise_floor(now, idle);
         let least = self.least_ready();
         for entry in &mut self.entries {
-            if let State::Running(since) = entry.state {
-                let since = since.wrapping_add(idle);
-                entry.runtime = entry
-                    .runtime
-                    .wrapping_add(weighted(now, since, entry.weight));
+            if let State::Running(began) = entry.state {
+                let ran = now.saturating_sub(began.saturating_add(idle));
+                entry.runtime = entry.runtime_at(now, idle);
+                entry.cut = end == End::Ready && ran < undisturbed(credit);
                 // What it was owed it has given away.
                 if let Some(least) = least.filter(|_| end == End::Yields)
                     && !is_before(least, entry.runtime)
@@ -232,29 +245,70 @@ impl<T> Queue<T> {
         least(false).or_else(|| least(true))
     }
 
-    fn wake(&mut self, now: u64, credit: u64, woken: impl Fn(&T) -> bool) {
+    fn running(&self) -> Option<(&Entry<T>, u64)> {
+        self.entries.iter().find_map(|entry| match entry.state {
+            State::Running(began) => Some((entry, began)),
+            _ => None,
+        })
+    }
+
+    /// Has the floor follow the least runtime of those that run or are ready. It never falls.
+    fn raise_floor(&mut self, now: u64, idle: u64) {
+        let takes_part =
+            |entry: &&Entry<T>| matches!(entry.state, State::Running(_) | State::Ready { .. });
+        let runtimes = self.entries.iter().filter(takes_part);
+        let least = runtimes
+            .map(|entry| entry.runtime_at(now, idle))
+            .reduce(|a, b| if is_before(a, b) { a } else { b });
+        if let Some(least) = least.filter(|least| is_before(self.floor, *least)) {
+            self.floor = least;
+        }
+    }
+
+    /// Gives those their place who were added, or who sleep and are woken.
+    fn wake(&mut self, now: u64, idle: u64, credit: u64, woken: impl Fn(&T) -> bool) {
+        self.raise_floor(now, idle);
         for entry in &mut self.entries {
-            let State::Asleep(until) = entry.state else {
-                continue;
-            };
-            if until.is_some_and(|until| until <= now) || woken(&entry.turn) {
-                let least = self.floor.wrapping_sub(weighted(credit, 0, entry.weight));
-                if is_before(entry.runtime, least) {
-                    entry.runtime = least;
+            match entry.state {
+                // Before its equals, one of whom has the CPU already.
+                State::New => entry.runtime = self.floor.wrapping_sub(1),
+                State::Asleep(until)
+                    if until.is_some_and(|until| until <= now) || woken(&entry.turn) =>
+                {
+                    let least = self.floor.wrapping_sub(weighted(credit, 0, entry.weight));
+                    if is_before(entry.runtime, least) {
+                        entry.runtime = least;
+                    }
                 }
-                entry.state = State::Ready {
-                    since: now,
-                    yielded: false,
-                };
+                _ => continue,
             }
+            entry.state = State::Ready {
+                since: now,
+                yielded: false,
+            };
         }
     }
 }
 
 impl<T> Entry<T> {
+    /// Ready, or about to be.
     fn is_ready(&self) -> bool {
-        matches!(self.state, State::Ready { .. })
+        matches!(self.state, State::New | State::Ready { .. })
     }
+
+    /// Its weighted runtime at `now`; if it runs, the CPU only waited for `idle` ticks of that.
+    fn runtime_at(&self, now: u64, idle: u64) -> u64 {
+        let runs = match self.state {
+            State::Running(began) => weighted(now, began.saturating_add(idle), self.weight),
+            _ => 0,
+        };
+        self.runtime.wrapping_add(runs)
+    }
+}
+
+/// Ticks that a turn runs undisturbed, of a slice of `credit`.
+fn undisturbed(credit: u64) -> u64 {
+    credit / 4
 }
 
 /// Weighted runtime from tick `since` to `now`; none where a clock went backwards.
@@ -280,7 +334,7 @@ mod tests {
             let now = start + slice * SLICE;
             if let Some(turn) = queue.pick(now, SLICE, |_| false) {
                 got[*turn] += 1;
-                queue.end(now + SLICE, 0, End::Ready);
+                queue.end(now + SLICE, 0, SLICE, End::Ready);
             }
         }
         got
@@ -320,16 +374,16 @@ mod tests {
         queue.add(0, 100);
         queue.add(1, 100);
         assert_eq!(queue.pick(0, SLICE, |_| false), Some(&0));
-        queue.end(10, 0, End::Asleep(None));
+        queue.end(10, 0, SLICE, End::Asleep(None));
         // The other has the CPU for itself for long.
         for slice in 0..100 {
             let now = 10 + slice * SLICE;
             assert_eq!(queue.pick(now, SLICE, |_| false), Some(&1));
-            queue.end(now + SLICE, 0, End::Ready);
+            queue.end(now + SLICE, 0, SLICE, End::Ready);
         }
         let now = 10 + 100 * SLICE;
         assert_eq!(queue.pick(now, SLICE, |turn| *turn == 0), Some(&0));
-        queue.end(now + SLICE, 0, End::Ready);
+        queue.end(now + SLICE, 0, SLICE, End::Ready);
         let [first, second, _] = shares(&mut queue, 10, now + SLICE);
         assert!(first <= 6 && second >= 4, "{first} {second}");
     }
@@ -339,7 +393,7 @@ mod tests {
         let mut queue = Queue::new();
         queue.add(0, 1);
         assert_eq!(queue.pick(0, SLICE, |_| false), Some(&0));
-        queue.end(1, 0, End::Asleep(Some(50)));
+        queue.end(1, 0, SLICE, End::Asleep(Some(50)));
         assert_eq!(queue.alarm(), Some(50));
         assert_eq!(queue.pick(49, SLICE, |_| false), None);
         assert_eq!(queue.pick(50, SLICE, |_| false), Some(&0));
@@ -352,16 +406,16 @@ mod tests {
         queue.add(0, 100);
         assert_eq!(queue.pick(0, SLICE, |_| false), Some(&0));
         assert!(
-            !queue.has_rival(SLICE, SLICE, true, |_| false),
+            !queue.has_rival(SLICE, 0, SLICE, true, |_| false),
             "it is alone"
         );
         queue.add(1, 100);
         assert!(queue.has_ready());
-        assert!(queue.has_rival(SLICE, SLICE, false, |_| false));
-        queue.end(SLICE, 0, End::Ready);
+        assert!(queue.has_rival(SLICE, 0, SLICE, false, |_| false));
+        queue.end(SLICE, 0, SLICE, End::Ready);
         assert_eq!(queue.pick(SLICE, SLICE, |_| false), Some(&1));
-        assert!(!queue.has_rival(SLICE, SLICE, false, |_| false));
-        assert!(queue.has_rival(SLICE, SLICE, true, |_| false));
+        assert!(!queue.has_rival(SLICE, 0, SLICE, false, |_| false));
+        assert!(queue.has_rival(SLICE, 0, SLICE, true, |_| false));
     }
 
     #[test]
@@ -370,19 +424,19 @@ mod tests {
         queue.add(0, 100);
         queue.add(1, 100);
         queue.pick(0, SLICE, |_| false);
-        queue.end(100 * SLICE, 0, End::Ready);
+        queue.end(100 * SLICE, 0, SLICE, End::Ready);
         for turn in 0..10 {
             let now = 100 * SLICE + turn;
             assert_eq!(queue.pick(now, SLICE, |_| false), Some(&1));
-            queue.end(now + 1, 0, End::Yields);
+            queue.end(now + 1, 0, SLICE, End::Yields);
             assert_eq!(queue.pick(now + 1, SLICE, |_| false), Some(&0));
-            queue.end(now + 1, 0, End::Yields);
+            queue.end(now + 1, 0, SLICE, End::Yields);
         }
         // Nobody else is there to run first.
         let alone = queue.take(|turn| *turn == 0);
         assert!(alone.is_some());
         queue.pick(200 * SLICE, SLICE, |_| false);
-        queue.end(200 * SLICE, 0, End::Yields);
+        queue.end(200 * SLICE, 0, SLICE, End::Yields);
         assert_eq!(queue.pick(200 * SLICE, SLICE, |_| false), Some(&1));
     }
 
@@ -395,23 +449,23 @@ mod tests {
             queue.add(turn, if turn % 2 == 0 { 100 } else { 1000 });
         }
         let (mut now, mut worked) = (0, 0);
-        while now < 1000 * SLICE {
+        while now < 200 * SLICE {
             let turn = queue.pick(now, SLICE, |_| false).copied();
             let (picked, slice_end) = (now, now + SLICE);
             now += CHANGE;
             if turn != Some(0) {
                 now += 1;
-                queue.end(now, 0, End::Yields);
+                queue.end(now, 0, SLICE, End::Yields);
                 continue;
             }
-            while !queue.has_rival(now, SLICE, now >= slice_end, |_| false) {
+            while !queue.has_rival(now, 0, SLICE, now >= slice_end, |_| false) {
                 now += 1;
             }
             worked += now - picked - CHANGE;
-            queue.end(now, 0, End::Ready);
+            queue.end(now, 0, SLICE, End::Ready);
         }
         // 63 changes beside at least a quarter of a slice.
-        assert!(worked > 200 * SLICE, "{worked} of {now}");
+        assert!(worked > 40 * SLICE, "{worked} of {now}");
     }
 
     #[test]
@@ -420,14 +474,120 @@ mod tests {
         queue.add(0, 100);
         queue.add(1, 100);
         queue.pick(0, SLICE, |_| false);
-        queue.end(1, 0, End::Asleep(None));
+        queue.end(1, 0, SLICE, End::Asleep(None));
         queue.pick(1, SLICE, |_| false);
-        queue.end(50 * SLICE, 0, End::Ready);
+        queue.end(50 * SLICE, 0, SLICE, End::Ready);
         queue.pick(50 * SLICE, SLICE, |_| false);
         let now = 50 * SLICE + 1;
-        assert!(!queue.has_rival(now, SLICE, false, |_| false));
-        assert!(queue.has_rival(now, SLICE, false, |turn| *turn == 0));
+        assert!(!queue.has_rival(now, 0, SLICE, false, |_| false));
+        assert!(queue.has_rival(now, 0, SLICE, false, |turn| *turn == 0));
         assert_eq!(queue.len(), 2);
+    }
+
+    /// Runs the queue's turns for `slices` from `start` on, as a CPU does: a turn that nobody would follow runs on.
+    fn loaded(queue: &mut Queue<usize>, slices: u64, start: u64) -> [u64; 2] {
+        let (mut got, mut now) = ([0; 2], start);
+        while now < start + slices * SLICE {
+            let turn = *queue.pick(now, SLICE, |_| false).unwrap();
+            let (began, mut slice_end) = (now, now + SLICE);
+            loop {
+                now = queue.makes_way_at(slice_end, SLICE).unwrap_or(slice_end);
+                if queue.has_rival(now, 0, SLICE, now >= slice_end, |_| false) {
+                    break;
+                }
+                slice_end = slice_end.max(now + 1);
+            }
+            got[turn] += now - began;
+            queue.end(now, 0, SLICE, End::Ready);
+        }
+        got
+    }
+
+    #[test]
+    fn who_ran_alone_owes_nothing_for_it() {
+        const ALONE: u64 = 10_000 * SLICE;
+        for (weights, idle) in [([100, 100], 0), ([100, 300], 0), ([100, 100], ALONE - 1)] {
+            for comes_late in [false, true] {
+                let mut queue = Queue::new();
+                queue.add(0, weights[0]);
+                if !comes_late {
+                    queue.add(1, weights[1]);
+                    assert_eq!(queue.pick(0, SLICE, |_| false), Some(&0));
+                    queue.end(0, 0, SLICE, End::Yields);
+                    assert_eq!(queue.pick(0, SLICE, |_| false), Some(&1));
+                    queue.end(0, 0, SLICE, End::Asleep(None));
+                }
+                assert_eq!(queue.pick(0, SLICE, |_| false), Some(&0));
+                if comes_late {
+                    queue.add(1, weights[1]);
+                }
+                assert!(queue.has_rival(ALONE, idle, SLICE, true, |turn| *turn == 1));
+                queue.end(ALONE, idle, SLICE, End::Ready);
+                let got = loaded(&mut queue, 100, ALONE);
+                let expected =
+                    100 * SLICE * u64::from(weights[1]) / u64::from(weights[0] + weights[1]);
+                let apart = got[1].abs_diff(expected);
+                assert!(
+                    apart <= 3 * SLICE,
+                    "{weights:?} {idle} {comes_late}: {got:?}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn who_went_to_sleep_after_running_alone_owes_nothing_for_it_either() {
+        const ALONE: u64 = 10_000 * SLICE;
+        let mut queue = Queue::new();
+        queue.add(0, 100);
+        queue.add(1, 100);
+        assert_eq!(queue.pick(0, SLICE, |_| false), Some(&0));
+        queue.end(0, 0, SLICE, End::Asleep(None));
+        assert_eq!(queue.pick(0, SLICE, |_| false), Some(&1));
+        queue.end(ALONE, 0, SLICE, End::Asleep(None));
+        assert_eq!(queue.pick(ALONE, SLICE, |turn| *turn == 0), Some(&0));
+        assert!(!queue.has_rival(ALONE + 1, 0, SLICE, false, |_| false));
+        let woken = |turn: &usize| *turn == 1;
+        assert!(queue.has_rival(ALONE + SLICE, 0, SLICE, true, woken));
+        queue.end(ALONE + SLICE, 0, SLICE, End::Ready);
+        let got = loaded(&mut queue, 100, ALONE + SLICE);
+        assert!(got[0].abs_diff(got[1]) <= 4 * SLICE, "{got:?}");
+    }
+
+    #[test]
+    fn who_wakes_right_after_each_change_leaves_the_other_its_share() {
+        // What loading a turn takes, and putting it.
+        const CHANGE: u64 = SLICE / 100;
+        for (weights, least) in [([100, 100], 350), ([300, 100], 150)] {
+            let mut queue = Queue::new();
+            queue.add(0, weights[0]);
+            queue.add(1, weights[1]);
+            let (mut now, mut worked) = (0, 0);
+            while now < 1000 * SLICE {
+                let turn = *queue.pick(now, SLICE, |_| false).unwrap();
+                let picked = now;
+                now += CHANGE;
+                if turn == 0 {
+                    // It sleeps until the other is about to run its first instruction.
+                    now += CHANGE;
+                    queue.end(now, 0, SLICE, End::Asleep(Some(now + CHANGE + 1)));
+                    continue;
+                }
+                let slice_end = picked + SLICE;
+                loop {
+                    let ends = queue.makes_way_at(slice_end, SLICE).unwrap_or(slice_end);
+                    let (until, before) = (ends.min(queue.alarm().unwrap_or(ends)), now);
+                    now = now.max(until);
+                    worked += now - before;
+                    if queue.has_rival(now, 0, SLICE, now >= slice_end, |_| false) {
+                        break;
+                    }
+                }
+                now += CHANGE;
+                queue.end(now, 0, SLICE, End::Ready);
+            }
+            assert!(worked > least * SLICE, "{weights:?}: {worked} of {now}");
+        }
     }
 
     #[test]
@@ -436,9 +596,9 @@ mod tests {
         queue.add(0, 100);
         queue.add(1, 100);
         queue.pick(0, SLICE, |_| false);
-        queue.end(100 * SLICE, 99 * SLICE, End::Ready);
+        queue.end(100 * SLICE, 99 * SLICE, SLICE, End::Ready);
         queue.pick(100 * SLICE, SLICE, |_| false);
-        queue.end(102 * SLICE, 0, End::Ready);
+        queue.end(102 * SLICE, 0, SLICE, End::Ready);
         assert_eq!(queue.pick(102 * SLICE, SLICE, |_| false), Some(&0));
     }
 

@@ -1,7 +1,9 @@
 //! A vCPU is moved to another CPU while somebody has something for it: whoever has it in the end looks.
 //!
 //! The flag is `Vcpu::attention`, the place `Vcpu::cpu`; who wakes writes the flag and then reads the place, who moves writes the
-//! place and then kicks the CPU that was there, and a CPU that finds the vCPU belongs elsewhere hands it on and kicks there.
+//! place and then kicks the CPU that was there, and a CPU that finds the vCPU belongs elsewhere hands it on and kicks there. A CPU
+//! that keeps it looks at the flag, at the place, and at the flag once more: what was set in between may have kicked a CPU that
+//! never got the vCPU.
 
 use loom::sync::Arc;
 use loom::sync::Mutex;
@@ -35,6 +37,8 @@ enum Broken {
     PlaceFirst,
     /// The CPU that hands the vCPU on does not kick.
     SilentHandOver,
+    /// A CPU that keeps the vCPU does not look at the flag again after the place.
+    LooksOnce,
 }
 
 impl World {
@@ -84,20 +88,29 @@ impl World {
         if *queue != cpu {
             return true;
         }
-        let place = latest(&self.place);
-        if usize::try_from(place).unwrap() != cpu {
-            *queue = NOWHERE;
-            drop(queue);
-            *self.queue.lock().unwrap() = usize::try_from(place).unwrap();
-            if broken != Broken::SilentHandOver {
-                self.kick(place);
-            }
-            return true;
-        }
-        drop(queue);
-        if self.attention.swap(0, Ordering::SeqCst) != 0 {
+        loop {
+            let flagged = self.attention.swap(0, Ordering::SeqCst) != 0;
             let asked = self.asked.load(Ordering::Relaxed);
-            self.seen.store(asked, Ordering::Relaxed);
+            let place = latest(&self.place);
+            if usize::try_from(place).unwrap() != cpu {
+                // Whoever loads it next looks anew.
+                if flagged {
+                    self.attention.swap(1, Ordering::SeqCst);
+                }
+                *queue = NOWHERE;
+                drop(queue);
+                *self.queue.lock().unwrap() = usize::try_from(place).unwrap();
+                if broken != Broken::SilentHandOver {
+                    self.kick(place);
+                }
+                return true;
+            }
+            if flagged {
+                self.seen.store(asked, Ordering::Relaxed);
+            }
+            if broken == Broken::LooksOnce || latest(&self.attention) == 0 {
+                break;
+            }
         }
         true
     }
@@ -109,8 +122,9 @@ fn latest(word: &AtomicU64) -> u64 {
     word.fetch_add(0, Ordering::SeqCst)
 }
 
-/// One wakes, one moves, each CPU looks once meanwhile; then both CPUs look as long as they are kicked.
-fn wake_against_move(broken: Broken) {
+/// One wakes, one moves, there only or there and back, each CPU looks once meanwhile; then both CPUs look as long as they are
+/// kicked.
+fn wake_against_move(moves: &'static [u64], broken: Broken) {
     check(move || {
         let world = World::new();
         let waker = {
@@ -124,7 +138,7 @@ fn wake_against_move(broken: Broken) {
                 world.look(1, broken);
             })
         };
-        world.move_to(1);
+        moves.iter().for_each(|cpu| world.move_to(*cpu));
         waker.join().unwrap();
         first.join().unwrap();
         while (0..CPUS).any(|cpu| world.look(cpu, broken)) {}
@@ -135,17 +149,28 @@ fn wake_against_move(broken: Broken) {
 
 #[test]
 fn good_a_vcpu_that_is_moved_and_woken_wakes() {
-    wake_against_move(Broken::Nothing);
+    wake_against_move(&[1], Broken::Nothing);
+}
+
+#[test]
+fn good_a_vcpu_that_is_moved_there_and_back_and_woken_wakes() {
+    wake_against_move(&[1, 0], Broken::Nothing);
+}
+
+#[test]
+#[should_panic = "it sleeps on"]
+fn bad_a_flag_that_is_not_looked_at_after_the_place_was_set_for_another_cpu() {
+    wake_against_move(&[1, 0], Broken::LooksOnce);
 }
 
 #[test]
 #[should_panic = "it sleeps on"]
 fn bad_a_place_read_before_the_flag_is_set_may_be_the_old_one() {
-    wake_against_move(Broken::PlaceFirst);
+    wake_against_move(&[1], Broken::PlaceFirst);
 }
 
 #[test]
 #[should_panic = "it sleeps on"]
 fn bad_a_vcpu_handed_on_in_silence_sleeps_on() {
-    wake_against_move(Broken::SilentHandOver);
+    wake_against_move(&[1], Broken::SilentHandOver);
 }

@@ -1,7 +1,7 @@
 //! Cases about CPUs that several vCPUs share, vCPUs that move, and VMs that come and go.
 
 use super::cases::{Case, Expect, Table};
-use super::checks::{Verdict, each, guest_is_content, same, value};
+use super::checks::{Verdict, each, guest_is_content, row, same, value};
 use crate::bench::Row;
 use crate::machine::Timing;
 use crate::uart::Transcript;
@@ -46,6 +46,7 @@ impl Table<'_> {
                 "vcpus=64 weights=100",
             ),
         ];
+        cases.push(self.flood());
         let rounds = if self.soak { 100_000 } else { 10_000 };
         for (model, gic) in [("max", 3), ("neoverse-n1", 3), ("cortex-a72", 2)] {
             let machine = self.machine(|machine| {
@@ -84,6 +85,23 @@ impl Table<'_> {
             Expect::Good(nothing_is_left),
         ));
         cases
+    }
+
+    /// Two VMs that compute on one CPU, and then one that does beside one that floods a slow console.
+    fn flood(&self) -> Case {
+        let machine = self.machine(|machine| {
+            "max".clone_into(&mut machine.cpu);
+            machine.cpus = 2;
+            machine.timing = Timing::Insn;
+        });
+        let append = "suite=share timing=insn mib=1 vcpus=1 weights=100,100 run-ms=300";
+        let name = "a VM that floods its console takes nothing from others";
+        let mut case = self.case(name, machine, append, Expect::Good(flood_hurts_nobody));
+        case.boots.extend(case.boots.clone());
+        if let Some(flooded) = case.boots.last_mut() {
+            flooded.append.push_str(" flood-baud=115200");
+        }
+        case
     }
 
     /// Interrupts between all vCPUs, with as many CPUs and with fewer.
@@ -158,6 +176,43 @@ fn shares_are_fair(transcripts: &[Transcript]) -> Verdict {
     })
 }
 
+/// The first VM computes as much as beside one that computes, too. No exit keeps the CPU for long, where sending a line takes 9 ms;
+/// the other's lines come whole, and what it overran is counted.
+fn flood_hurts_nobody(transcripts: &[Transcript]) -> Verdict {
+    const LONGEST_EXIT_NS: f64 = 1e6;
+    let [beside_one, beside_flood] = transcripts else {
+        return Err("there are two runs, without a flood and with it".to_owned());
+    };
+    let first = |run: &Transcript| {
+        run.rows
+            .first()
+            .map_or(Ok(0.0), |it| value(&row(it), "rounds"))
+    };
+    let (usual, flooded) = (first(beside_one)?, first(beside_flood)?);
+    if flooded < usual * (1.0 - TOLERANCE) || usual == 0.0 {
+        return Err(format!("{flooded} rounds instead of {usual}"));
+    }
+    each(core::slice::from_ref(beside_flood), |row| {
+        match value(row, "exit_max_ns")? {
+            0.0..LONGEST_EXIT_NS => Ok(()),
+            long => Err(format!("an exit took {long} ns")),
+        }
+    })?;
+    let said = |what: &'static str| {
+        beside_flood
+            .text
+            .iter()
+            .filter(move |line| line.contains(what))
+    };
+    if said("a flood").any(|line| !line.starts_with('[')) || said("a flood").count() < 10 {
+        return Err("the flood's lines are not whole, or missing".to_owned());
+    }
+    match said("bytes that a guest wrote to its UART").count() {
+        1 => Ok(()),
+        times => Err(format!("the bytes lost are spoken of {times} times")),
+    }
+}
+
 fn no_tick_is_lost(transcripts: &[Transcript]) -> Verdict {
     each(transcripts, |row: &Row| {
         if row.case == "asleep" {
@@ -166,10 +221,10 @@ fn no_tick_is_lost(transcripts: &[Transcript]) -> Verdict {
         for key in ["ticks_wrong", "ticks_late", "cpus_stuck"] {
             same(row, key, 0.0)?;
         }
-        let ticks = value(row, "ticks")?;
-        match value(row, "moves")? {
-            moves if moves >= ticks && ticks >= TICKS => Ok(()),
-            moves => Err(format!("only {moves} moves during {ticks} ticks")),
+        same(row, "ticks", value(row, "ticks_moved")?)?;
+        match value(row, "ticks_moved")? {
+            moved if moved >= TICKS => Ok(()),
+            moved => Err(format!("only {moved} ticks during which the vCPU moved")),
         }
     })
 }
@@ -180,6 +235,9 @@ fn nothing_is_left(transcripts: &[Transcript]) -> Verdict {
             let before = value(row, &format!("{what}_before"))?;
             same(row, &format!("{what}_after"), before)?;
         }
-        Ok(())
+        if value(row, "interrupts_of_cpus")? < 1.0 {
+            return Err("nobody looked at the CPUs' interrupts".to_owned());
+        }
+        same(row, "interrupts_after", 0.0)
     })
 }
