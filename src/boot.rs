@@ -17,7 +17,7 @@ use core::ops::Range;
 
 use vellum::addr::{PAGE_BYTES, Pa, to_usize};
 use vellum::arch::boot::Unusable;
-use vellum::arch::features::{Features, cpu_name};
+use vellum::arch::features::{Features, IdRegisters, cpu_name};
 use vellum::arch::mitigations::Mitigations;
 use vellum::dev::gic::Gic;
 use vellum::dev::machine::{self, Machine, Uart};
@@ -58,11 +58,17 @@ extern "C" fn boot_cpu_main(tree: u64) -> ! {
         mitigations: bench::mitigations(&machine.bootargs),
     };
     let (shared, natures) = cpus::start(&machine, &memory, shared);
-    let (features, mitigations) = weakest(&natures);
+    let (identification, features, mitigations) = weakest(&natures);
     arch::set_lse(features.lse);
     arch::set_coherent_guests(features.fwb && features.idc, features.dic);
     introduce(&machine, &memory, &features, &natures);
-    let host = host::install(share(machine, features, mitigations, shared));
+    let host = host::install(share(
+        machine,
+        identification,
+        features,
+        mitigations,
+        shared,
+    ));
     cpus::release(host);
     let images = bench::Images {
         guest: GUEST,
@@ -147,6 +153,7 @@ fn take_interrupt_controller(machine: &Machine) -> Gic {
 /// What VMs share, shaped by the weakest CPU.
 fn share(
     machine: Machine,
+    identification: IdRegisters,
     features: Features,
     mitigations: Mitigations,
     shared: &'static cpus::Shared,
@@ -176,6 +183,7 @@ fn share(
         machine,
         gic: &shared.gic,
         features,
+        identification,
         mitigations,
         services: Arc::new(services),
     }
@@ -197,14 +205,16 @@ fn idle_vttbr() -> u64 {
 }
 
 /// What every CPU can do, and where the worst of them stands towards attacks on branch predictors.
-fn weakest(natures: &[cpus::Nature]) -> (Features, Mitigations) {
+fn weakest(natures: &[cpus::Nature]) -> (IdRegisters, Features, Mitigations) {
+    let ids = natures.iter().map(|it| it.id);
     let features = natures.iter().map(|it| it.features);
     let mitigations = natures.iter().map(|it| it.mitigations);
     match (
+        ids.reduce(IdRegisters::weakest),
         features.reduce(Features::weakest),
         mitigations.reduce(Mitigations::worst),
     ) {
-        (Some(features), Some(mitigations)) => (features, mitigations),
+        (Some(ids), Some(features), Some(mitigations)) => (ids, features, mitigations),
         _ => panic::refuse(format_args!("no CPU came up")),
     }
 }

@@ -18,10 +18,24 @@
     movk    \register, #(((\value) >> 48) & 0xffff), lsl #48
 .endm
 
+// Has no call or return checked against a guarded stack: GCSCR_EL2 is UNKNOWN. Before the first of them. Clobbers x9.
+.macro drop_guarded_stack
+    mrs     x9, CurrentEL
+    cmp     x9, #{CURRENT_EL2}
+    b.ne    9f
+    mrs     x9, id_aa64pfr1_el1
+    tst     x9, #(0xf << 44)            // GCS
+    b.eq    9f
+    msr     s3_4_c2_c5_0, xzr           // GCSCR_EL2
+    isb
+9:
+.endm
+
 .section .text.boot, "ax"
 
 boot_cpu_entry:
     msr     daifset, #0xf
+    drop_guarded_stack
     mov     x19, x0                     // device tree
     bl      check_device_tree
     bl      judge_level
@@ -66,6 +80,7 @@ spin_table_entry:
 .global other_cpu_entry
 other_cpu_entry:
     msr     daifset, #0xf
+    drop_guarded_stack
     mov     x19, x0
     bl      judge_level
     cbnz    x0, park                    // the boot CPU reports that this one did not come up

@@ -71,6 +71,12 @@ impl Frame {
             *slot = value;
         }
     }
+
+    /// Goes on behind the instruction that trapped, as if it had been executed: with PSTATE.BTYPE and PSTATE.SS clear, too.
+    pub fn skip_instruction(&mut self) {
+        self.pc = self.pc.wrapping_add(INSTRUCTION_BYTES);
+        self.pstate &= !(PSTATE_BTYPE | PSTATE_SS);
+    }
 }
 
 /// Why a guest's run ended. The numbers are shared with the vectors.
@@ -225,11 +231,35 @@ pub struct Simd {
     pub fpcr: u64,
 }
 
+/// A breakpoint or watchpoint.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Comparator {
+    /// DBGBVR_EL1 or DBGWVR_EL1: what it compares with.
+    pub value: u64,
+    /// DBGBCR_EL1 or DBGWCR_EL1: when and how.
+    pub control: u64,
+}
+
+/// What a CPU's debug registers hold for a vCPU: nothing at all, unless it debugs.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct DebugRegisters {
+    /// MDSCR_EL1.
+    pub mdscr: u64,
+    /// The CPU's first breakpoint and its last.
+    pub breakpoints: [Comparator; 2],
+    /// The CPU's first two watchpoints.
+    pub watchpoints: [Comparator; 2],
+}
+
 /// SCTLR_EL1 out of reset: everything off, and the bits that read as one on a CPU without AArch32: LSMAOE, nTLSMD,
 /// SPAN, EIS, TSCXT, EOS.
 pub const SCTLR_EL1_RESET: u64 = 1 << 29 | 1 << 28 | 1 << 23 | 1 << 22 | 1 << 20 | 1 << 11;
+/// Bytes of an A64 instruction.
+pub const INSTRUCTION_BYTES: u64 = 4;
 /// PSTATE.BTYPE: the instruction before was an indirect branch. Executing any instruction clears it.
 pub const PSTATE_BTYPE: u64 = 0b11 << 10;
+/// PSTATE.SS: the next instruction is executed before a step's exception. Executing any instruction clears it.
+pub const PSTATE_SS: u64 = 1 << 21;
 /// SCTLR_EL1.SPAN: taking an exception to EL1 leaves PSTATE.PAN as it is.
 pub const SCTLR_EL1_SPAN: u64 = 1 << 23;
 /// SCTLR_EL1.DSSBS: PSTATE.SSBS after taking an exception to EL1.
@@ -268,7 +298,7 @@ pub struct Stage2Geometry {
 
 #[cfg(test)]
 mod tests {
-    use super::{Exit, Frame, VERDICT_LOAD_BIT, VERDICT_SAVE_BIT, Verdict};
+    use super::{Exit, Frame, PSTATE_SS, VERDICT_LOAD_BIT, VERDICT_SAVE_BIT, Verdict};
 
     #[test]
     fn register_31_is_the_zero_register() {
@@ -276,6 +306,16 @@ mod tests {
         frame.write(31, 5);
         frame.write(30, 6);
         assert_eq!((frame.read(31), frame.read(30)), (0, 6));
+    }
+
+    #[test]
+    fn an_instruction_that_is_skipped_leaves_the_state_of_one_that_was_executed() {
+        const PSTATE: u64 = 0x8000_13c5;
+        for left in [0b01 << 10, 0b10 << 10, 0b11 << 10, PSTATE_SS] {
+            let mut frame = Frame::new(u64::MAX - 3, PSTATE | left);
+            frame.skip_instruction();
+            assert_eq!((frame.pc, frame.pstate), (0, PSTATE));
+        }
     }
 
     #[test]
@@ -303,6 +343,19 @@ mod tests {
         let entry = vectors.split("\n.macro mitigate_nothing").nth(1).unwrap();
         let entry = entry.split("\nhypercall:\n").next().unwrap();
         assert!(entry.contains("mrs") && !entry.contains("msr"), "{entry}");
+    }
+
+    #[test]
+    fn classes_of_exceptions_are_told_by_their_six_bits() {
+        // What is above them (ISS2) is not zero for every abort.
+        let vectors = include_str!("vectors.S");
+        let uses = vectors
+            .lines()
+            .filter(|line| line.contains("{ESR_EC_SHIFT}"));
+        assert!(uses.clone().count() >= 3);
+        for line in uses {
+            assert!(line.contains("ubfx") && line.contains(", #6"), "{line}");
+        }
     }
 
     #[test]

@@ -32,6 +32,59 @@ pub struct IdRegisters {
     pub mmfr3: u64,
 }
 
+impl IdRegisters {
+    /// What both CPUs have, field by field, for guests that run on either; of MIDR_EL1 and CTR_EL0 `self`'s.
+    pub fn weakest(self, other: Self) -> Self {
+        /// Fields where 0xf means that there is nothing: PFR0.FP, AdvSIMD.
+        const PFR0_SIGNED: [u32; 2] = [16, 20];
+        /// DFR0.DoubleLock.
+        const DFR0_SIGNED: [u32; 1] = [36];
+        /// MMFR0.TGran64, TGran4.
+        const MMFR0_SIGNED: [u32; 2] = [24, 28];
+        Self {
+            midr: self.midr,
+            ctr: self.ctr,
+            pfr0: least(self.pfr0, other.pfr0, &PFR0_SIGNED),
+            pfr1: least(self.pfr1, other.pfr1, &[]),
+            dfr0: least(self.dfr0, other.dfr0, &DFR0_SIGNED),
+            isar0: least(self.isar0, other.isar0, &[]),
+            isar1: least(self.isar1, other.isar1, &[]),
+            isar2: least(self.isar2, other.isar2, &[]),
+            mmfr0: least(self.mmfr0, other.mmfr0, &MMFR0_SIGNED),
+            mmfr1: least(self.mmfr1, other.mmfr1, &[]),
+            mmfr2: least(self.mmfr2, other.mmfr2, &[]),
+            mmfr3: least(self.mmfr3, other.mmfr3, &[]),
+        }
+    }
+
+    /// The register S3_0_C0_C`crm`_`op2`; zero for one that nobody asks for.
+    pub const fn numbered(&self, crm: u8, op2: u8) -> u64 {
+        match (crm, op2) {
+            (4, 0) => self.pfr0,
+            (4, 1) => self.pfr1,
+            (5, 0) => self.dfr0,
+            (6, 0) => self.isar0,
+            (6, 1) => self.isar1,
+            (6, 2) => self.isar2,
+            (7, 0) => self.mmfr0,
+            (7, 1) => self.mmfr1,
+            (7, 2) => self.mmfr2,
+            (7, 3) => self.mmfr3,
+            _ => 0,
+        }
+    }
+}
+
+/// The lesser of each of sixteen fields; those whose lowest bits are listed are signed.
+fn least(one: u64, other: u64, signed: &[u32]) -> u64 {
+    (0..64).step_by(4).fold(0, |least, low| {
+        // A signed field is ordered as an unsigned one is, once its sign bit is turned over.
+        let turned = if signed.contains(&low) { 8 } else { 0 };
+        let field = |register: u64| (register >> low & 0xf) ^ turned;
+        least | (field(one).min(field(other)) ^ turned) << low
+    })
+}
+
 /// What the hypervisor wants to know of a CPU.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub struct Features {
@@ -83,6 +136,8 @@ pub struct Features {
     pub trace_filter: bool,
     /// FEAT_MPAM.
     pub mpam: bool,
+    /// FEAT_AMUv1.
+    pub amu: bool,
     /// FEAT_SSBS.
     pub ssbs: bool,
     /// FEAT_CSV2: branch targets of other contexts cannot steer speculation.
@@ -132,6 +187,7 @@ impl Features {
             pmu: pmu != 0 && pmu != 0xf,
             trace_filter: field(id.dfr0, 40) >= 1,
             mpam: field(id.pfr0, 40) >= 1 || field(id.pfr1, 16) >= 1,
+            amu: field(id.pfr0, 44) >= 1,
             ssbs: field(id.pfr1, 4) >= 1,
             csv2: field(id.pfr0, 56),
             csv3: field(id.pfr0, 60) >= 1,
@@ -165,6 +221,7 @@ impl Features {
             pmu: self.pmu && other.pmu,
             trace_filter: self.trace_filter && other.trace_filter,
             mpam: self.mpam && other.mpam,
+            amu: self.amu && other.amu,
             ssbs: self.ssbs && other.ssbs,
             csv2: self.csv2.min(other.csv2),
             csv3: self.csv3 && other.csv3,
@@ -304,6 +361,40 @@ mod tests {
             ..N1
         });
         assert!(!one.hardware_access_flag && !one.hardware_dirty);
+    }
+
+    #[test]
+    fn guests_are_told_of_what_every_cpu_has() {
+        let other = IdRegisters {
+            pfr0: 0xf << 16 | 1 << 20 | 2 << 56 | 0x1111,
+            mmfr0: 0xf << 28 | 0x1122,
+            ..IdRegisters::default()
+        };
+        for both in [N1.weakest(other), other.weakest(N1)] {
+            assert_eq!(both.pfr0, 1 << 56 | 0xf << 16 | 1 << 20 | 0x1111);
+            assert_eq!(both.mmfr0, 0xf << 28 | 0x1122);
+            assert_eq!((both.isar0, both.mmfr1), (0, 0));
+        }
+        assert_eq!(N1.weakest(other).midr, N1.midr);
+        assert_eq!(N1.weakest(N1), N1);
+    }
+
+    #[test]
+    fn registers_are_found_by_their_numbers() {
+        for (crm, op2, value) in [
+            (4, 0, N1.pfr0),
+            (4, 1, N1.pfr1),
+            (5, 0, N1.dfr0),
+            (6, 0, N1.isar0),
+            (6, 1, N1.isar1),
+            (7, 0, N1.mmfr0),
+            (7, 1, N1.mmfr1),
+            (7, 2, N1.mmfr2),
+            (4, 4, 0),
+            (1, 0, 0),
+        ] {
+            assert_eq!(N1.numbered(crm, op2), value, "CRm {crm} op2 {op2}");
+        }
     }
 
     #[test]

@@ -13,13 +13,15 @@ pub mod offsets;
 pub mod stage1;
 
 #[cfg(target_os = "none")]
+mod debug;
+#[cfg(target_os = "none")]
 mod hw;
 #[cfg(target_os = "none")]
 mod ich;
 #[cfg(target_os = "none")]
 mod world;
 #[cfg(target_os = "none")]
-pub use {hw::*, ich::*, world::*};
+pub use {debug::*, hw::*, ich::*, world::*};
 
 #[cfg(not(target_os = "none"))]
 pub mod fake;

@@ -98,7 +98,7 @@ vectors_\mitigation:
     from_el2 7
     enter_from_guest \mitigation        // synchronous
     mrs     x0, esr_el2
-    lsr     x1, x0, #{ESR_EC_SHIFT}
+    ubfx    x1, x0, #{ESR_EC_SHIFT}, #6
     cmp     x1, #{EC_HVC}
     b.ne    trap
     tst     x0, #0xffff                 // HVC #0 only
@@ -182,7 +182,7 @@ trap:
     save_caller_saved
     mov     x1, x0
     mov     x2, xzr                     // x19-x29 are not in the frame
-    lsr     x3, x0, #{ESR_EC_SHIFT}
+    ubfx    x3, x0, #{ESR_EC_SHIFT}, #6
     and     x4, x3, #~({EC_DATA_ABORT} ^ {EC_INSTRUCTION_ABORT})
     cmp     x4, #{EC_INSTRUCTION_ABORT}
     b.ne    1f
@@ -230,7 +230,7 @@ not_resumed:
     save_kept
     mrs     x1, esr_el2
     mov     x2, #1                      // x19-x29 are in the frame
-    lsr     x3, x1, #{ESR_EC_SHIFT}
+    ubfx    x3, x1, #{ESR_EC_SHIFT}, #6
     cmp     x3, #{EC_SYSTEM_REGISTER}
     b.eq    1f
     ask     guest_translation

@@ -5,7 +5,8 @@
 //! | when | what |
 //! |---|---|
 //! | once per CPU (`control.rs`) | every EL2 control register, so that none keeps what firmware left; the vectors ([`set_vectors`]) |
-//! | a CPU takes a vCPU ([`load`]) | VTCR, VTTBR, VMPIDR, CNTVOFF, EL1 state, SIMD state, virtual timer |
+//! | a CPU takes a vCPU ([`load`]) | VTCR, VTTBR, VMPIDR, CNTVOFF, VDISR, EL1 state, SIMD state, virtual timer |
+//! | a CPU takes a vCPU that debugs, or that changes what it debugs ([`super::set_debug_registers`]) | debug registers |
 //! | entry and exit ([`enter`]) | nothing but general registers, ELR and SPSR |
 //!
 //! SIMD state is moved at every change of vCPU, whether the next one uses it or not. That takes 20 instructions out and 20 in.
@@ -23,8 +24,8 @@ use aarch64_cpu::registers::{
 };
 
 use super::context::{
-    El1, Exit, FRAME_ESR, FRAME_HOST_STACK, FRAME_PC, Frame, KEPT, PSTATE_BTYPE, Simd,
-    Stage2Geometry, VERDICT_LOAD_BIT, VERDICT_SAVE_BIT,
+    El1, Exit, FRAME_ESR, FRAME_HOST_STACK, FRAME_PC, Frame, INSTRUCTION_BYTES, KEPT, PSTATE_BTYPE,
+    PSTATE_SS, Simd, Stage2Geometry, VERDICT_LOAD_BIT, VERDICT_SAVE_BIT,
 };
 use super::mitigations::AtExit;
 use super::{isb, note_register_writes, offsets, set_vttbr, shield_stage1};
@@ -182,6 +183,7 @@ pub unsafe fn reload(el1: &El1) {
     // CNTV_CTL_EL0 twice, VMPIDR_EL2, CNTVOFF_EL2.
     note_register_writes(4);
     CNTV_CTL_EL0.set(0);
+    forget_virtual_error();
     shield_stage1();
     // SAFETY: the register only supplies a value to the guest.
     unsafe {
@@ -309,30 +311,14 @@ fn write_simd(simd: &Simd) {
     };
 }
 
-macro_rules! id_registers {
-    ($crm:ident, $op2:ident: $($m:literal $n:literal)*) => {
-        match ($crm, $op2) {
-            $(($m, $n) => {
-                let value: u64;
-                // SAFETY: reading an identification register has no effect; reserved ones read as zero.
-                unsafe {
-                    asm!(concat!("mrs {}, S3_0_C0_C", $m, "_", $n), out(reg) value,
-                        options(pure, nomem, nostack, preserves_flags))
-                };
-                value
-            })*
-            _ => 0,
-        }
+/// REVIDR_EL1 of this CPU.
+pub fn revidr_el1() -> u64 {
+    let value: u64;
+    // SAFETY: reading an identification register has no effect.
+    unsafe {
+        asm!("mrs {}, revidr_el1", out(reg) value, options(pure, nomem, nostack, preserves_flags))
     };
-}
-
-/// The AArch64 identification register S3_0_C0_C`crm`_`op2`, `crm` from 4 to 7; zero for others.
-pub fn id_register(crm: u8, op2: u8) -> u64 {
-    id_registers!(crm, op2:
-        4 0 4 1 4 2 4 3 4 4 4 5 4 6 4 7
-        5 0 5 1 5 2 5 3 5 4 5 5 5 6 5 7
-        6 0 6 1 6 2 6 3 6 4 6 5 6 6 6 7
-        7 0 7 1 7 2 7 3 7 4 7 5 7 6 7 7)
+    value
 }
 
 /// FAR_EL2.
@@ -348,17 +334,27 @@ pub fn hpfar_el2() -> u64 {
 }
 
 /// Has the guest go on behind the instruction that trapped, as if it had been executed. On short paths only, where ELR_EL2 and
-/// SPSR_EL2 are still in their registers.
+/// SPSR_EL2 are still in their registers. A guest that steps needs [`end_step`] then.
 #[inline]
 pub fn skip_trapped_instruction() {
-    const BYTES: u64 = 4;
     note_register_writes(1);
-    ELR_EL2.set(ELR_EL2.get().wrapping_add(BYTES));
+    ELR_EL2.set(ELR_EL2.get().wrapping_add(INSTRUCTION_BYTES));
     let pstate = SPSR_EL2.get();
     if pstate & PSTATE_BTYPE != 0 {
         note_register_writes(1);
         SPSR_EL2.set(pstate & !PSTATE_BTYPE);
     }
+}
+
+/// ELR_EL2: where the guest goes on, on short paths only.
+pub fn elr_el2() -> u64 {
+    ELR_EL2.get()
+}
+
+/// SPSR_EL2.SS: the instruction that the guest stepped over has been done, on short paths only.
+pub fn end_step() {
+    note_register_writes(1);
+    SPSR_EL2.set(SPSR_EL2.get() & !PSTATE_SS);
 }
 
 /// SCTLR_EL1 of the resident vCPU.
@@ -430,10 +426,30 @@ pub fn trap_waits(trapped: bool) {
 /// ID_AA64PFR0_EL1.RAS.
 const ID_AA64PFR0_RAS: u64 = 0xf << 28;
 
+/// Whether this CPU has FEAT_RAS.
+fn has_ras() -> bool {
+    ID_AA64PFR0_EL1.get() & ID_AA64PFR0_RAS != 0
+}
+
+/// VDISR_EL2, where there is one: what a guest reads and writes as DISR_EL1. No guest is promised that it has it; what one left
+/// there is not for the next.
+fn forget_virtual_error() {
+    if has_ras() {
+        note_register_writes(1);
+        // SAFETY: the CPU has FEAT_RAS; the register concerns guests only.
+        unsafe {
+            asm!(
+                "msr S3_4_C12_C1_1, xzr",
+                options(nomem, nostack, preserves_flags)
+            )
+        };
+    }
+}
+
 /// DISR_EL1, cleared: the syndrome of an SError that `ESB` at a guest's exit deferred. `None` without FEAT_RAS.
 pub fn take_deferred_serror() -> Option<u64> {
     const DEFERRED: u64 = 1 << 31;
-    if ID_AA64PFR0_EL1.get() & ID_AA64PFR0_RAS == 0 {
+    if !has_ras() {
         return None;
     }
     let syndrome: u64;

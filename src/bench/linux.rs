@@ -13,12 +13,12 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 
 use crate::addr::PAGE_BYTES;
-use crate::arch;
 use crate::log;
 use crate::mem;
 use crate::mem::frames;
 use crate::mmu::{Engine, Level, Locking, SlotId, Stage2};
 use crate::vm::loader::{Plan, Target};
+use crate::vm::run;
 use crate::vm::vm::RAM;
 use crate::vm::vuart::Output;
 use crate::vm::{Host, Placement, StopReason, Vm, VmConfig};
@@ -113,7 +113,7 @@ fn once(
     );
     let machine = Machine::new(stage, cast, &target, &plan)?;
     if params.linux.console == Console::Raw {
-        machine.vm.set_output(Output::Bytes(log::guest_byte));
+        machine.vm.set_output(Output::Bytes);
     }
     let mut beneath = match params.linux.beneath {
         true => Some(Beneath::new(&machine, params.period_us)?),
@@ -223,10 +223,7 @@ impl Machine {
             }
             match beneath {
                 Some(beneath) => match beneath.next_round() {
-                    Some(tick) => {
-                        arch::set_hypervisor_timer(Some(tick));
-                        self.vm.rest();
-                    }
+                    Some(tick) => run::rest_until(self.host.gic, tick),
                     None => beneath.round(self)?,
                 },
                 None => self.vm.rest(),

@@ -39,7 +39,7 @@ use alloc::string::String;
 
 use crate::arch;
 use crate::arch::mitigations::Setting;
-use crate::vm::Host;
+use crate::vm::{Host, console};
 use params::{Params, Suite};
 
 /// A run went as it should, but what it verified does not hold.
@@ -88,13 +88,19 @@ pub fn main(host: &'static Host, arguments: &str, images: Images<'_>) -> Result<
         trackers: params.trackers(host.services.hardware, host.auto_engine())?,
         access_flag: params.access_flags(host.services.hardware, host.auto_access_flag())?,
     };
-    let mut good = true;
-    for suite in &params.suites {
-        arch::hint_measured();
-        good &= run(*suite, &stage)?;
-    }
+    let outcome = run_all(&stage);
     arch::hint_unmeasured();
-    Ok(if good { 0 } else { FAILED })
+    console::finish();
+    Ok(if outcome? { 0 } else { FAILED })
+}
+
+fn run_all(stage: &scene::Stage<'_>) -> Result<bool, Refusal> {
+    let mut good = true;
+    for suite in &stage.params.suites {
+        arch::hint_measured();
+        good &= run(*suite, stage)?;
+    }
+    Ok(good)
 }
 
 /// Whether vCPUs need no CPUs of their own in a suite.

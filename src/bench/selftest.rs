@@ -3,7 +3,7 @@
 use alloc::vec::Vec;
 
 use crate::addr::PAGE_BYTES;
-use crate::guest::abi::op;
+use crate::guest::abi::{debug, op};
 use crate::mem::frames;
 use crate::mmu::Locking;
 use crate::sync::percpu;
@@ -16,6 +16,8 @@ use super::verify::clear;
 
 const IPI_ROUNDS: u64 = 50;
 const EVENT_ROUNDS: u64 = 200;
+/// Each way of going off, before a life that begins asleep and one that begins in a loop.
+const RESTARTS: u64 = 16;
 
 /// Every check on every vCPU; false when one failed.
 pub(super) fn run(stage: &Stage<'_>) -> Result<bool, Refusal> {
@@ -39,6 +41,8 @@ pub(super) fn run(stage: &Stage<'_>) -> Result<bool, Refusal> {
             if vcpus > 1 {
                 let events = scene.perform(|_| command(op::EVENTS, EVENT_ROUNDS))?;
                 good &= judge(stage, "events", &scene, events);
+                let restarts = scene.perform(|_| command(op::RESTARTS, RESTARTS))?;
+                good &= judge(stage, "restarts", &scene, restarts);
             }
             // Hostility meets memory that is being logged, too.
             let enabled = scene.stage2().enable_logging(cpu(), scene.data, false);
@@ -50,7 +54,7 @@ pub(super) fn run(stage: &Stage<'_>) -> Result<bool, Refusal> {
             good &= judge_ends(stage, locking)?;
         }
     }
-    Ok(good & judge_nodes(stage)?)
+    Ok(good & judge_debug(stage)? & judge_nodes(stage)?)
 }
 
 const PSCI_SYSTEM_OFF: u64 = 0x8400_0008;
@@ -78,6 +82,39 @@ fn judge_ends(stage: &Stage<'_>, locking: Locking) -> Result<bool, Refusal> {
         .value("failed_mask", failed)
         .print();
     Ok(failed == 0)
+}
+
+/// A guest debugs itself, and goes on doing so when another VM has had its CPU, and on another CPU; the other VM finds nothing of
+/// it on either CPU. Nor does the guest itself after a reset.
+fn judge_debug(stage: &Stage<'_>) -> Result<bool, Refusal> {
+    let open = || {
+        stage.open(Cast {
+            placement: Placement::On(1),
+            ..stage.cast(Locking::Rwlock, 1)
+        })
+    };
+    let (debugging, other) = (open()?, open()?);
+    let mut good = true;
+    let mut part = |case, scene: &Scene, part| {
+        let outcomes = scene.perform(|_| command(op::DEBUG, part))?;
+        good &= judge(stage, case, scene, outcomes);
+        Ok::<(), Refusal>(())
+    };
+    part("debug", &debugging, debug::TRY)?;
+    part("debug_apart", &other, debug::APART)?;
+    part("debug_kept", &debugging, debug::KEPT)?;
+    if stage.host.cpus() > 2 {
+        debugging.send_to(0, 2)?;
+        part("debug_moved", &debugging, debug::KEPT)?;
+        part("debug_left", &other, debug::APART)?;
+        other.send_to(0, 2)?;
+        part("debug_followed", &other, debug::APART)?;
+    }
+    debugging.reset()?;
+    part("debug_reset", &debugging, debug::APART)?;
+    debugging.close();
+    other.close();
+    Ok(good)
 }
 
 /// A VM that begins on a CPU has all its memory from the NUMA node of that CPU, for each node that has RAM and a CPU for

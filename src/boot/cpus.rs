@@ -45,6 +45,7 @@ pub(super) struct Shared {
 /// What a CPU found out about itself.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Nature {
+    pub(super) id: IdRegisters,
     pub(super) features: Features,
     pub(super) mitigations: Mitigations,
 }
@@ -213,6 +214,7 @@ fn come_up(found: usize, cpus: &[Cpu], shared: &Shared) {
         .ring
         .record(Mark::Online, [found as u64, cpu.affinity]);
     cpu.nature.call_once(|| Nature {
+        id,
         features,
         mitigations,
     });

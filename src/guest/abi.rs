@@ -35,18 +35,26 @@ pub mod op {
     /// vCPU 1: wait x1 times, by exclusive load and WFE, for a store of vCPU 0, with interrupts pending that are not to be taken.
     /// vCPU 0: interrupt it, then store, as often. Results: stores, and whether one was waited for in vain.
     pub const EVENTS: u64 = 18;
+    /// vCPU 1: go off x1 times, and live again until an interrupt comes. vCPU 0: turn it on as often and interrupt it. Results: how
+    /// often, and bit mask of what failed.
+    pub const RESTARTS: u64 = 21;
     /// Do what a hostile guest does; x1 first address of a writable page pair. Results as above.
     pub const HOSTILE: u64 = 8;
     /// Call the firmware with function x1, which is not to return.
     pub const FIRMWARE: u64 = 10;
     /// Run 32-bit code at EL0, which no guest is told it may, and reach for memory that is not there.
     pub const AARCH32: u64 = 11;
+    /// Debug itself: x1 (one of [`super::debug`]) says which part. Results as above.
+    pub const DEBUG: u64 = 20;
     /// Null hypercalls: x1 how many.
     pub const HYPERCALLS: u64 = 9;
     /// Round after round over two parts of a region, until told to stop: x1 first address of the region, x2 its pages, x3 the
     /// part that is stored to and x4 the part that is loaded from, each first page << 32 | pages, going on at the region's
     /// start where it ends. Rounds done are counted in [`super::Area::rounds`]. Result: rounds.
     pub const ROUNDS: u64 = 12;
+    /// Send over the UART, line after line and whether it has room or not, until told to stop. Each line is a round of
+    /// [`super::Area::rounds`]. Result: rounds.
+    pub const FLOOD: u64 = 22;
     /// Add one to the word at x1, x2 times.
     pub const ADD: u64 = 19;
     /// Every vCPU: the interrupt storm. x1 SGIs to send, x2 nonzero if each waits for the one before, x3 period of the timer in
@@ -104,6 +112,19 @@ pub mod measure {
     /// Wait for an event, which hands a CPU with several vCPUs to another.
     pub const HAND_ON: u64 = 14;
 }
+
+/// What [`op::DEBUG`] does.
+pub mod debug {
+    /// Single steps, breakpoints and watchpoints; leaves some behind.
+    pub const TRY: u64 = 0;
+    /// Nothing was left behind by anybody else.
+    pub const APART: u64 = 1;
+    /// What [`TRY`] left is still there, and does what it should.
+    pub const KEPT: u64 = 2;
+}
+
+/// Debug exceptions that [`op::DEBUG`] keeps in mind.
+pub const DEBUG_EVENTS: usize = 8;
 
 /// How [`op::LISTEN`] waits.
 pub mod listen {
@@ -207,7 +228,7 @@ impl Params {
 #[derive(Debug)]
 #[repr(C)]
 pub struct Area {
-    /// Nonzero: leave [`op::FREE_RUN`] or [`op::ROUNDS`]. Written by the hypervisor.
+    /// Nonzero: leave [`op::FREE_RUN`], [`op::ROUNDS`] or [`op::FLOOD`]. Written by the hypervisor.
     pub stop: AtomicU64,
     /// MPIDR_EL1 of the vCPU, for those who send it interrupts.
     pub affinity: AtomicU64,
@@ -229,7 +250,7 @@ pub struct Area {
     pub ipi_seen: AtomicU64,
     /// Operations done.
     pub operations: AtomicU64,
-    /// Rounds done by the current [`op::ROUNDS`], or the last.
+    /// Rounds done by the current [`op::ROUNDS`] or [`op::FLOOD`], or the last.
     pub rounds: AtomicU64,
     /// Nonzero: the number of the tick that [`op::HELD_TICKS`] waits for.
     pub handling: AtomicU64,
@@ -257,6 +278,20 @@ pub struct Area {
     pub event_awaited: AtomicU64,
     /// As above: the last store, by vCPU 0.
     pub event: AtomicU64,
+    /// [`op::DEBUG`]: debug exceptions taken.
+    pub debug_taken: AtomicU64,
+    /// As above: class and address of each.
+    pub debug_events: [AtomicU64; DEBUG_EVENTS],
+    /// [`op::RESTARTS`]: how often the vCPU is still to be turned on; zero: it is not a new life that begins.
+    pub lives: AtomicU64,
+    /// As above: how often it was.
+    pub births: AtomicU64,
+    /// As above: up to which birth it need not spin any more. Written by vCPU 0.
+    pub may_sleep: AtomicU64,
+    /// As above: [`Area::timer_ticks`] before.
+    pub ticks_before: AtomicU64,
+    /// As above: bit mask of what failed.
+    pub restart_faults: AtomicU64,
 }
 
 /// Address of the area of vCPU `index`.

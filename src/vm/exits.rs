@@ -4,6 +4,7 @@ use crate::arch;
 use crate::sync::percpu;
 use crate::trace::Event;
 use crate::trace::ring::Mark;
+use crate::vm::debug;
 use crate::vm::inject::Exception;
 use crate::vm::psci::{self, Call, Power, Refusal};
 use crate::vm::ptimer;
@@ -11,6 +12,7 @@ use crate::vm::resident::Resident;
 use crate::vm::smccc::{self, Hypercall};
 use crate::vm::sysreg::{self, Answer, Given};
 use crate::vm::trap::{self, FaultStatus, SystemRegisterAccess, Trap, Wait};
+use crate::vm::vcpu::Vcpu;
 use crate::vm::vgic::distributor::index_of;
 use crate::vm::vm::StopReason;
 
@@ -83,7 +85,7 @@ impl Resident<'_> {
     }
 
     fn cpu_on(&self, target: u64, entry: u64, context: u64) -> u64 {
-        let Some(target) = index_of(target).and_then(|index| self.vm.vcpus().get(index)) else {
+        let Some(target) = self.target(target) else {
             return Refusal::InvalidParameters.value();
         };
         let outcome = target.power.lock().turn_on(entry, context);
@@ -96,6 +98,12 @@ impl Resident<'_> {
         }
     }
 
+    /// The vCPU that a PSCI call means.
+    fn target(&self, target: u64) -> Option<&Vcpu> {
+        let index = psci::affinity_of(target).and_then(index_of)?;
+        self.vm.vcpus().get(index)
+    }
+
     /// What it has not taken of interrupts that others may take goes to those.
     fn cpu_off(&mut self) {
         *self.vcpu.power.lock() = Power::Off;
@@ -104,7 +112,7 @@ impl Resident<'_> {
     }
 
     fn affinity_info(&self, target: u64, level: u64) -> u64 {
-        match index_of(target).and_then(|index| self.vm.vcpus().get(index)) {
+        match self.target(target) {
             Some(target) if level == 0 => target.power.lock().affinity_info(),
             _ => Refusal::InvalidParameters.value(),
         }
@@ -119,7 +127,7 @@ impl Resident<'_> {
     /// A wait trapped, because this CPU has others to run. One for an event gives the rest of its slice away: whoever it waits
     /// for may be one of them.
     fn wait(&mut self, wait: Wait) {
-        self.skip_instruction();
+        self.frame.skip_instruction();
         if wait.for_event {
             return self.end_slice();
         }
@@ -156,17 +164,35 @@ impl Resident<'_> {
             gic_registers: self.vm.gic_version() == 3,
             pauth: self.host.features.pauth,
             pa_range: self.vm.pa_range,
+            revidr: arch::revidr_el1(),
         };
-        match sysreg::answer(access, given, arch::id_register) {
+        let common = |crm, op2| self.host.identification.numbered(crm, op2);
+        match sysreg::answer(access, given, common) {
             Answer::Undefined => return self.inject(Exception::Undefined),
             Answer::SendGroup1 => self.send_sgi_v3(self.frame.read(access.general), true),
             Answer::SendGroup0 => self.send_sgi_v3(self.frame.read(access.general), false),
             Answer::PhysicalTimer(register) => self.physical_timer(register, access),
+            Answer::Debug(debug::Register::Channel)
+                if self.debug().keeps_out(self.frame.pstate) =>
+            {
+                let iss = self.frame.esr & trap::ISS_BITS;
+                return self.inject(Exception::SystemRegister { iss });
+            }
+            Answer::Debug(register) => self.debug_register(register, access),
             Answer::Deactivate => self.deactivate(self.frame.read(access.general)),
             Answer::Value(value) if !access.write => self.frame.write(access.general, value),
             Answer::Value(_) => {}
         }
-        self.skip_instruction();
+        self.frame.skip_instruction();
+    }
+
+    fn debug_register(&mut self, register: debug::Register, access: SystemRegisterAccess) {
+        if access.write {
+            self.write_debug(register, self.frame.read(access.general));
+        } else {
+            let value = self.debug().read(register);
+            self.frame.write(access.general, value);
+        }
     }
 
     fn physical_timer(&mut self, register: ptimer::Register, access: SystemRegisterAccess) {
@@ -198,9 +224,10 @@ impl Resident<'_> {
     pub(crate) fn other_abort(&mut self) {
         let (fetch, abort) = trap::abort_of(self.frame.esr);
         match abort.status {
-            FaultStatus::External | FaultStatus::AddressSize | FaultStatus::UnsupportedAtomic => {
-                self.external_abort(fetch, abort);
-            }
+            FaultStatus::External
+            | FaultStatus::AddressSize
+            | FaultStatus::UnsupportedAtomic
+            | FaultStatus::Alignment => self.external_abort(fetch, abort),
             FaultStatus::TlbConflict => percpu::count(Event::TlbConflicts),
             FaultStatus::Stage2(_) | FaultStatus::Other { .. } => self.unexpected(),
         }

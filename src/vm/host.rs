@@ -4,7 +4,7 @@ use alloc::sync::Arc;
 
 use spin::Once;
 
-use crate::arch::features::Features;
+use crate::arch::features::{Features, IdRegisters};
 use crate::arch::mitigations::Mitigations;
 use crate::dev::gic::{Gic, KICK};
 use crate::dev::machine::{Machine, QEMU_VIRT};
@@ -21,6 +21,8 @@ pub struct Host {
     pub gic: &'static Gic,
     /// What the weakest CPU can do.
     pub features: Features,
+    /// The identification registers of a CPU that has what all of them have.
+    pub identification: IdRegisters,
     /// Where the CPUs stand towards attacks on branch predictors: the worst of them.
     pub mitigations: Mitigations,
     /// What the MMUs share: grace periods, VMIDs, frames for tables.

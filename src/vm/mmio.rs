@@ -11,9 +11,10 @@ impl Resident<'_> {
     /// No slot is at the faulting address: a device is, or nothing.
     pub(crate) fn access_device(&mut self) {
         let (fetch, abort) = trap::abort_of(self.frame.esr);
-        if abort.maintenance {
-            // Nothing can be cached of what is not memory.
-            return self.skip_instruction();
+        if abort.maintenance && !abort.stage1_walk {
+            // Nothing can be cached of what is not memory. Where the walk failed it may be an address translation, whose
+            // result somebody waits for.
+            return self.frame.skip_instruction();
         }
         let target = self
             .vm
@@ -32,7 +33,7 @@ impl Resident<'_> {
             let value = self.load_from(device, offset, transfer);
             self.frame.write(transfer.register, transfer.loaded(value));
         }
-        self.skip_instruction();
+        self.frame.skip_instruction();
     }
 
     #[inline(always)]

@@ -9,8 +9,10 @@
 //! | [`vcpu`], `resident` | a vCPU as others see it, and on the CPU that holds it: the run loop |
 //! | `short`, `quick`, `exits`, `mmio` | what exits do, from the shortest path to emulated devices |
 //! | `deliver` | interrupts on their way to a vCPU and into its list registers |
-//! | [`trap`], [`inject`], [`sysreg`], [`psci`], [`smccc`] | decoding and deciding, pure |
+//! | [`trap`], [`inject`], [`sysreg`], [`psci`], [`smccc`], [`serror`] | decoding and deciding, pure |
+//! | [`debug`] | a guest's breakpoints, watchpoints and single steps |
 //! | [`vgic`], [`vtimer`], [`ptimer`], [`vuart`] | the devices |
+//! | [`console`] | what guests send, on its way to the machine's UART |
 //! | [`loader`] | what a kernel finds in memory when it begins |
 //! | [`host`], [`run`], [`sched`] | what VMs stand on, the life of a CPU, and who runs next on it |
 #![cfg_attr(
@@ -24,7 +26,8 @@
     )
 )]
 
-mod console;
+pub mod console;
+pub mod debug;
 mod deliver;
 mod exits;
 pub mod host;
@@ -37,6 +40,7 @@ mod quick;
 mod resident;
 pub mod run;
 pub mod sched;
+pub mod serror;
 mod short;
 pub mod smccc;
 pub mod sysreg;

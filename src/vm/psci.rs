@@ -116,6 +116,16 @@ pub fn features(function: u32) -> u64 {
     }
 }
 
+/// The affinity fields of a call's target, which has no other bits set (DEN0022F, CPU_ON and AFFINITY_INFO: target_cpu).
+pub const fn affinity_of(target: u64) -> Option<u64> {
+    const AFFINITY: u64 = 0xff_00ff_ffff;
+    if target & !AFFINITY == 0 {
+        Some(target)
+    } else {
+        None
+    }
+}
+
 /// Whether a vCPU runs.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Power {
@@ -163,8 +173,8 @@ impl Power {
 #[cfg(test)]
 mod tests {
     use super::{
-        AFFINITY_OFF, AFFINITY_ON, AFFINITY_PENDING, Call, Power, Refusal, WARM_RESET, decode,
-        features,
+        AFFINITY_OFF, AFFINITY_ON, AFFINITY_PENDING, Call, Power, Refusal, WARM_RESET, affinity_of,
+        decode, features,
     };
 
     #[test]
@@ -212,6 +222,14 @@ mod tests {
         assert_eq!(kind(0xc400_0012), 0x1_8000_0001);
         assert_ne!(kind(0xc400_0012), WARM_RESET);
         assert_eq!(decode(0x8400_0009, arguments), Some(Call::SystemReset));
+    }
+
+    #[test]
+    fn a_target_is_named_by_its_affinity_alone() {
+        assert_eq!(affinity_of(0xff_00ff_ffff), Some(0xff_00ff_ffff));
+        for reserved in [1 << 24, 1 << 31, 1 << 40, 1 << 63] {
+            assert_eq!(affinity_of(reserved | 1), None, "{reserved:#x}");
+        }
     }
 
     #[test]

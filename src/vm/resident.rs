@@ -11,21 +11,24 @@ use spin::MutexGuard;
 
 use crate::addr::{Ipa, Va};
 use crate::arch;
-use crate::arch::context::{El1, Exit, Frame, PSTATE_BTYPE};
+use crate::arch::context::{El1, Exit, Frame};
 use crate::dev::gic::Irq;
 use crate::mem::frames;
+use crate::panic;
 use crate::sync::percpu;
 use crate::sync::quiescence::CpuId;
 use crate::trace::Event;
 use crate::trace::ring::Mark;
+use crate::vm::debug::{self, Debug};
 use crate::vm::host::Host;
 use crate::vm::inject::{self, Exception};
 use crate::vm::ptimer::{self, PhysicalTimer};
 use crate::vm::run::{self, Held};
 use crate::vm::sched::End;
-use crate::vm::trap::{self, Abort, INSTRUCTION_BYTES};
+use crate::vm::serror::{self, Loss};
+use crate::vm::trap::{self, Abort};
 use crate::vm::vcpu::{Parked, Vcpu};
-use crate::vm::vgic::interface::{Access, Interface};
+use crate::vm::vgic::interface::{Access, Interface, Saved};
 use crate::vm::vm::{StopReason, Vm, this_cpu};
 use crate::vm::vtimer;
 
@@ -77,6 +80,12 @@ pub(crate) fn hold(host: &'static Host, vm: &Vm, vcpu: &Vcpu) -> Held {
     resident.put()
 }
 
+/// Has this CPU debug as `debug` asks for. None that holds no vCPU, or one that does not debug, has anything to debug.
+fn debug_for(debug: &Debug) {
+    arch::set_debug_registers(&debug.registers(arch::last_breakpoint()));
+    percpu::this().exit_times.set_stepped(debug.is_stepping());
+}
+
 impl<'a> Resident<'a> {
     fn load(host: &'static Host, vm: &'a Vm, vcpu: &'a Vcpu) -> Self {
         let cpu = this_cpu();
@@ -85,6 +94,8 @@ impl<'a> Resident<'a> {
         percpu::this()
             .ring
             .record(Mark::Switch, [vcpu.index as u64, 1]);
+        // Before its timer is enabled: an interrupt that is not active yet would be signalled, and taken once more.
+        vtimer::load(host, cpu, &vcpu.private.lock());
         // SAFETY: the CPU holds no vCPU. The VM's stage 2 lives until its last vCPU has been put.
         unsafe { arch::load(&parked.el1, vm.vtcr, vttbr) };
         if vm.was_another_here(cpu, vcpu.index) {
@@ -93,7 +104,9 @@ impl<'a> Resident<'a> {
             arch::tlbi_vmalle1();
             arch::dsb_nsh();
         }
-        vtimer::load(host, cpu, &vcpu.private.lock());
+        if parked.debug.is_in_use() {
+            debug_for(&parked.debug);
+        }
         vcpu.attention.store(true, Ordering::Relaxed);
         arch::trap_waits(run::is_shared(cpu.0));
         vcpu.set_held_by(Some(cpu.0));
@@ -126,6 +139,9 @@ impl<'a> Resident<'a> {
         self.parked.awaiting = self.awaiting;
         self.parked.asleep = self.asleep;
         self.parked.timer = self.timer;
+        if self.parked.debug.is_in_use() {
+            debug_for(&Debug::default());
+        }
         // SAFETY: the CPU holds this vCPU; the idle root translates nothing.
         unsafe { arch::put(&mut self.parked.el1, self.host.services.idle_vttbr) };
         self.vm.stage2.unload(self.cpu);
@@ -143,6 +159,10 @@ impl<'a> Resident<'a> {
     fn how_it_goes_on(&mut self) -> End {
         if self.is_ready() {
             return if self.yields { End::Yields } else { End::Ready };
+        }
+        if self.asleep.is_none() {
+            // Off, or waiting for a command: its timers do not matter, and whoever ends that demands attention.
+            return End::Asleep(None);
         }
         let private = self.vcpu.private.lock();
         let times = [
@@ -183,6 +203,10 @@ impl<'a> Resident<'a> {
             if (self.reconsider || !ready) && self.makes_way(ready) {
                 return false;
             }
+            if self.vcpu.attention.load(Ordering::SeqCst) {
+                // CPU_ON began a new life, or the vCPU was moved away and back meanwhile: no kick of that is on its way here.
+                continue;
+            }
             if ready {
                 return true;
             }
@@ -204,7 +228,7 @@ impl<'a> Resident<'a> {
             return false;
         }
         let is_over = !ready || now >= self.slice_end;
-        if shared && run::has_rival(self.cpu.0, is_over) {
+        if shared && run::has_rival(self.cpu.0, self.idle_ticks, is_over) {
             return true;
         }
         self.yields = false;
@@ -289,17 +313,41 @@ impl<'a> Resident<'a> {
         self.relist();
     }
 
-    /// Gives the vCPU, which CPU_ON started, the registers of a CPU out of reset.
+    /// Gives the vCPU, which CPU_ON started, the registers of a CPU out of reset. What of its interrupts is listed is from its
+    /// life before: it has to look again before it enters its guest.
     fn reset(&mut self, frame: Frame) {
+        self.take_back_listed();
+        self.interface = Interface::load(Access::of(self.host.gic), &Saved::default());
+        self.vcpu.attention.store(true, Ordering::Relaxed);
         self.frame = frame;
         self.asleep = None;
         self.timer = PhysicalTimer::default();
         self.settle_physical_timer();
+        self.set_debug(Debug::default());
         let old = &self.parked.el1;
         *self.parked.el1 = El1::reset(old.vmpidr, old.cntvoff);
         // SAFETY: this CPU holds the vCPU, whose old state ends here.
         unsafe { arch::reload(&self.parked.el1) };
         self.vm.rehome_interrupts();
+    }
+
+    /// What the guest's debug registers hold.
+    pub(crate) fn debug(&self) -> &Debug {
+        &self.parked.debug
+    }
+
+    /// The guest writes `register` of its debug registers.
+    pub(crate) fn write_debug(&mut self, register: debug::Register, value: u64) {
+        let mut debug = self.parked.debug;
+        debug.write(register, value);
+        self.set_debug(debug);
+    }
+
+    fn set_debug(&mut self, debug: Debug) {
+        if self.parked.debug.is_in_use() || debug.is_in_use() {
+            debug_for(&debug);
+        }
+        self.parked.debug = debug;
     }
 
     fn act(&mut self, exit: Exit) {
@@ -311,22 +359,28 @@ impl<'a> Resident<'a> {
             Exit::Denied => self.deny(),
             Exit::TopUp => self.top_up(),
             Exit::OtherAbort => self.other_abort(),
-            Exit::SError => self.halt(StopReason::SError(self.frame.esr)),
+            Exit::SError => self.on_serror(self.frame.esr),
             Exit::Aarch32 => self.halt(StopReason::Aarch32),
         }
+        // Deferred at this exit or at one before that returned at once: never later than the vCPU leaves this CPU.
         if let Some(syndrome) = arch::take_deferred_serror() {
-            self.halt(StopReason::SError(syndrome));
+            self.on_serror(syndrome);
+        }
+    }
+
+    /// Rule 4 of the world switch: one VM where the error is known to be confined to it, the machine otherwise.
+    fn on_serror(&self, syndrome: u64) {
+        match serror::judge(syndrome, self.host.features.ras) {
+            Loss::Vm => self.halt(StopReason::SError(syndrome)),
+            Loss::Machine => panic::give_up(format_args!(
+                "SError (syndrome {syndrome:#x}) that need not be vCPU {}'s alone",
+                self.vcpu.index
+            )),
         }
     }
 
     pub(crate) fn halt(&self, reason: StopReason) {
         self.vm.halt(self.vcpu.index, reason);
-    }
-
-    /// Goes on behind the trapped instruction.
-    pub(crate) fn skip_instruction(&mut self) {
-        self.frame.pc = self.frame.pc.wrapping_add(INSTRUCTION_BYTES);
-        self.frame.pstate &= !PSTATE_BTYPE;
     }
 
     pub(crate) fn inject(&mut self, exception: Exception) {

@@ -1,8 +1,9 @@
 //! The short paths: what the vectors call with x19 to x29 of the guest still in place.
 //!
 //! A stage-2 abort that the MMU resolves, an access to an emulated device, an SGI sent and an interrupt taken return from here
-//! straight to the guest. Nothing is formatted, allocated or locked but what the MMU and the device lock. Whatever is rare
-//! leaves the guest for the run loop.
+//! straight to the guest. Nothing is allocated, and nothing waited for but the locks of the MMU and of the device, which are held
+//! for a moment only: what a device sends out is left to others where somebody else has the wire
+//! ([`console`](crate::vm::console)). Whatever is rare leaves the guest for the run loop.
 
 use crate::addr::{Ipa, PAGE_BYTES, Va};
 use crate::arch;
@@ -20,8 +21,8 @@ extern "C" fn guest_abort(frame: *mut Frame, esr: u64) -> Verdict {
     // SAFETY: the frame that was entered is the first field of this CPU's resident vCPU, whose run loop is suspended in
     // `arch::enter` meanwhile.
     let resident = unsafe { &mut *frame.cast::<Resident<'_>>() };
-    if is_measuring() {
-        return measured(|| resident.judge_abort_apart(esr));
+    if is_watched() {
+        return watched(|| resident.judge_abort_apart(esr));
     }
     resident.judge_abort(esr)
 }
@@ -31,8 +32,8 @@ extern "C" fn guest_abort(frame: *mut Frame, esr: u64) -> Verdict {
 extern "C" fn guest_translation(frame: *mut Frame, esr: u64, kept: bool) -> Verdict {
     // SAFETY: as for `guest_abort`.
     let resident = unsafe { &mut *frame.cast::<Resident<'_>>() };
-    if is_measuring() {
-        return measured(|| resident.judge_translation(esr, kept));
+    if is_watched() {
+        return watched(|| resident.judge_translation(esr, kept));
     }
     resident.judge_translation(esr, kept)
 }
@@ -42,8 +43,8 @@ extern "C" fn guest_translation(frame: *mut Frame, esr: u64, kept: bool) -> Verd
 extern "C" fn guest_register(frame: *mut Frame, esr: u64, kept: bool) -> Verdict {
     // SAFETY: as for `guest_abort`.
     let resident = unsafe { &mut *frame.cast::<Resident<'_>>() };
-    if is_measuring() {
-        return measured(|| resident.judge_register(esr, kept));
+    if is_watched() {
+        return watched(|| resident.judge_register(esr, kept));
     }
     resident.judge_register(esr, kept)
 }
@@ -53,24 +54,29 @@ extern "C" fn guest_register(frame: *mut Frame, esr: u64, kept: bool) -> Verdict
 extern "C" fn guest_interrupt(frame: *mut Frame) -> Verdict {
     // SAFETY: as for `guest_abort`.
     let resident = unsafe { &mut *frame.cast::<Resident<'_>>() };
-    if is_measuring() {
-        return measured(|| resident.judge_interrupt());
+    if is_watched() {
+        return watched(|| resident.judge_interrupt());
     }
     resident.judge_interrupt()
 }
 
 #[inline(always)]
-fn is_measuring() -> bool {
-    percpu::this().exit_times.is_measuring()
+fn is_watched() -> bool {
+    percpu::this().exit_times.is_watched()
 }
 
-/// A path whose time is measured; apart, so that the path that is not is straight.
+/// A path whose time is measured, or whose guest steps; apart, so that the path that is neither is straight. A step over an
+/// instruction that was done for the guest ends here.
 #[cold]
 #[inline(never)]
-fn measured(judge: impl FnOnce() -> Verdict) -> Verdict {
+fn watched(judge: impl FnOnce() -> Verdict) -> Verdict {
     let times = &percpu::this().exit_times;
     let begun = times.begin();
+    let trapped = arch::elr_el2();
     let verdict = judge();
+    if arch::elr_el2() != trapped {
+        arch::end_step();
+    }
     times.end(begun);
     verdict
 }
@@ -104,8 +110,15 @@ impl Resident<'_> {
             let FaultStatus::Stage2(kind) = abort.status else {
                 return self.rare_abort(abort.status);
             };
-            let unpromised = kind == FaultKind::Permission && !abort.stage1_walk;
-            (kind, abort.access, unpromised)
+            let is_walk = abort.stage1_walk;
+            if is_walk && kind == FaultKind::Permission && self.walked_device() {
+                return Verdict::leave(Exit::Denied);
+            }
+            (
+                kind,
+                abort.access,
+                kind == FaultKind::Permission && !is_walk,
+            )
         };
         let far = arch::far_el2();
         let ipa = if unpromised && !self.vm.trust_hpfar {
@@ -129,6 +142,13 @@ impl Resident<'_> {
             }
             other => self.give_up(ipa, other),
         }
+    }
+
+    /// Whether the guest's tables are where a device is, which HCR_EL2.PTW forbids: nothing that stage 2 could permit.
+    #[cold]
+    fn walked_device(&mut self) -> bool {
+        self.fault_ipa = fault_ipa(arch::hpfar_el2(), 0);
+        self.fault_ipa < vm::RAM
     }
 
     #[cold]

@@ -1,9 +1,10 @@
-//! What trapped system registers answer: identification registers that tell the guest exactly what it may use, debug
-//! registers of a machine without a debugger, and UNDEF for the rest.
+//! What trapped system registers answer: identification registers that tell the guest exactly what it may use, and
+//! UNDEF for what is not there.
 //!
 //! Identification registers are built from lists of what is *kept*, so that a feature nobody thought of reads as absent.
 //! A feature is given completely or not at all. Field positions: DDI 0487 issue K.a, D24.2.
 
+use crate::vm::debug;
 use crate::vm::ptimer;
 use crate::vm::trap::{SystemRegister, SystemRegisterAccess};
 
@@ -18,6 +19,8 @@ pub enum Answer {
     SendGroup0,
     /// A register of the physical timer.
     PhysicalTimer(ptimer::Register),
+    /// A debug register.
+    Debug(debug::Register),
     /// A write of ICC_DIR_EL1: the end of an interrupt.
     Deactivate,
     /// The register does not exist for the guest.
@@ -33,12 +36,11 @@ pub struct Given {
     pub pauth: bool,
     /// ID_AA64MMFR0_EL1.PARange of the guest's physical address space.
     pub pa_range: u64,
+    /// REVIDR_EL1 of this CPU, whose MIDR_EL1 the guest reads.
+    pub revidr: u64,
 }
 
-/// Most hardware breakpoints and watchpoints that are claimed; the architecture wants two.
-const BREAKPOINTS: u8 = 2;
-
-/// Decides `access`. `real` reads the machine's identification register of a CRm and op2.
+/// Decides `access`. `real` is the machine's identification register of a CRm and op2: what all of its CPUs have.
 pub fn answer(access: SystemRegisterAccess, given: Given, real: impl Fn(u8, u8) -> u64) -> Answer {
     let SystemRegister {
         op0,
@@ -52,6 +54,9 @@ pub fn answer(access: SystemRegisterAccess, given: Given, real: impl Fn(u8, u8) 
         (3, 0, 0, 1..=7, _) if access.write => Answer::Undefined,
         (3, 0, 0, 1..=3, _) => Answer::Value(0),
         (3, 0, 0, 4..=7, _) => Answer::Value(identification(crm, op2, real(crm, op2), given)),
+        // REVIDR_EL1 and AIDR_EL1 trap together with SMIDR_EL1, which does not exist.
+        (3, 0, 0, 0, 6) if !access.write => Answer::Value(given.revidr),
+        (3, 1, 0, 0, 7) if !access.write => Answer::Value(0),
         // ACTLR_EL1 has nothing to offer.
         (3, 0, 1, 0, 1) => Answer::Value(0),
         (3, 0, 12, 11, 5) if access.write && given.gic_registers => Answer::SendGroup1,
@@ -59,35 +64,16 @@ pub fn answer(access: SystemRegisterAccess, given: Given, real: impl Fn(u8, u8) 
         (3, 0, 12, 11, 7) if access.write && given.gic_registers => Answer::SendGroup0,
         // ICC_ASGI1R_EL1: the other security state's group 1, which does not exist.
         (3, 0, 12, 11, 6) if access.write && given.gic_registers => Answer::Value(0),
-        // DC ISW, CSW, CISW and their tag variants. Caches are the machine's, shared with other guests; a guest's memory
-        // is cleaned before it sees it, and coherent from then on.
+        // DC ISW, CSW, CISW and their tag variants do nothing: caches are the machine's, shared with other guests. A guest's
+        // memory is cleaned before it sees it. With FEAT_S2FWB it is coherent from then on; without, a guest that wrote
+        // through its caches, cleans them by set and way and turns them off reads from memory what it was before.
         (1, 0, 7, 6 | 10 | 14, 2 | 4 | 6) => Answer::Value(0),
         (3, 3, 14, 2, 0) => Answer::PhysicalTimer(ptimer::Register::Value),
         (3, 3, 14, 2, 1) => Answer::PhysicalTimer(ptimer::Register::Control),
         (3, 3, 14, 2, 2) => Answer::PhysicalTimer(ptimer::Register::Compare),
-        (2, ..) => debug(access),
-        _ => Answer::Undefined,
-    }
-}
-
-/// Debug registers of a CPU to which no debugger is attached and whose breakpoints never match.
-fn debug(access: SystemRegisterAccess) -> Answer {
-    const OSLSR_EL1: SystemRegister = SystemRegister::new(2, 0, 1, 1, 4);
-    /// The OS lock exists and is open.
-    const OSLM: u64 = 1 << 3;
-    let register = access.register;
-    match (register.op1, register.crn, register.crm, register.op2) {
-        _ if register == OSLSR_EL1 && !access.write => Answer::Value(OSLM),
-        // DBGBVR, DBGBCR, DBGWVR, DBGWCR.
-        (0, 0, 0..BREAKPOINTS, 4..=7) => Answer::Value(0),
-        // OSDTRRX, MDCCINT, MDSCR, OSDTRTX, OSECCR.
-        (0, 0, 0, 2) | (0, 0, 2, 0 | 2) | (0, 0, 3, 2) | (0, 0, 6, 2) => Answer::Value(0),
-        // MDRAR, OSLAR, OSDLR, DBGPRCR.
-        (0, 1, 0, 0 | 4) | (0, 1, 3 | 4, 4) => Answer::Value(0),
-        // DBGCLAIMSET, DBGCLAIMCLR, DBGAUTHSTATUS.
-        (0, 7, 8 | 9 | 14, 6) => Answer::Value(0),
-        // MDCCSR, DBGDTR, DBGDTRRX and DBGDTRTX.
-        (3, 0, 1 | 4 | 5, 0) => Answer::Value(0),
+        // ICC_SRE_EL1: system registers, no bypass, and no way to have it otherwise.
+        (3, 0, 12, 12, 5) if given.gic_registers => Answer::Value(0b111),
+        (2, ..) => debug::register(access).map_or(Answer::Undefined, Answer::Debug),
         _ => Answer::Undefined,
     }
 }
@@ -112,6 +98,7 @@ fn at_most(value: u64, low: u32, most: u64) -> u64 {
 }
 
 fn identification(crm: u8, op2: u8, real: u64, given: Given) -> u64 {
+    const VA_RANGE: u32 = 16;
     let authentication = |kept: u64| if given.pauth { kept } else { 0 };
     match (crm, op2) {
         (4, 0) => pfr0(real, given),
@@ -132,7 +119,11 @@ fn identification(crm: u8, op2: u8, real: u64, given: Given) -> u64 {
         // ID_AA64MMFR1_EL1: HAFDBS without table flags, HPDS, PAN, ETS, AFP, nTLBPA, ECBHB.
         (7, 1) => at_most(real & fields(&[0, 12, 20, 36, 44, 48, 60]), 0, 2),
         // ID_AA64MMFR2_EL1: CnP, UAO, LSM, VARange, CCIDX, ST, AT, IDS, TTL, BBM, E0PD.
-        (7, 2) => real & fields(&[0, 4, 8, 16, 20, 28, 32, 36, 48, 52, 60]),
+        // VARange without 56 bits, which need what TCR2_EL1 switches on.
+        (7, 2) => {
+            let kept = real & fields(&[0, 4, 8, VA_RANGE, 20, 28, 32, 36, 48, 52, 60]);
+            at_most(kept, VA_RANGE, 1)
+        }
         _ => 0,
     }
 }
@@ -147,21 +138,23 @@ fn pfr0(real: u64, given: Given) -> u64 {
     at_most(kept, CSV2, 1) | 1 << EL0 | 1 << EL1 | u64::from(given.gic_registers) << GIC
 }
 
-/// Armv8.0 debug with the fewest breakpoints, no double lock, nothing that measures or traces.
+/// Armv8.0 debug with the fewest breakpoints, the last of which compares contexts, no double lock, nothing that measures or traces.
 fn dfr0() -> u64 {
     const DEBUG_V8: u64 = 6;
     const BRPS: u32 = 12;
     const WRPS: u32 = 20;
     const NO_DOUBLE_LOCK: u64 = 0xf << 36;
-    let more_than_one = u64::from(BREAKPOINTS) - 1;
+    let more_than_one = u64::from(debug::COMPARATORS) - 1;
     DEBUG_V8 | more_than_one << BRPS | more_than_one << WRPS | NO_DOUBLE_LOCK
 }
 
-/// The guest's own address size; ASIDBits, BigEnd, BigEndEL0, granules without 52-bit addresses, ExS.
+/// The guest's own address size; ASIDBits, granules without 52-bit addresses, ExS. Not BigEnd and BigEndEL0: emulated devices
+/// are little-endian and nothing swaps what goes to them. Where the CPU has the bits all the same, a guest that sets
+/// SCTLR_EL1.EE finds their registers reversed; that is all, because EL2 reads nothing from a guest's memory.
 fn mmfr0(real: u64, given: Given) -> u64 {
     const TGRAN16: u32 = 20;
     const TGRAN4: u32 = 28;
-    let mut kept = real & fields(&[4, 8, 16, TGRAN16, 24, TGRAN4, 44]);
+    let mut kept = real & fields(&[4, TGRAN16, 24, TGRAN4, 44]);
     kept = at_most(kept, TGRAN16, 1);
     if kept & field(TGRAN4) == 1 << TGRAN4 {
         kept &= !field(TGRAN4);
@@ -172,12 +165,14 @@ fn mmfr0(real: u64, given: Given) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::{Answer, Given, answer};
+    use crate::vm::debug;
     use crate::vm::trap::{SystemRegister, SystemRegisterAccess};
 
     const GIVEN: Given = Given {
         gic_registers: true,
         pauth: false,
         pa_range: 2,
+        revidr: 0x1357,
     };
 
     fn access(register: SystemRegister, write: bool) -> Answer {
@@ -212,7 +207,8 @@ mod tests {
             (5, 0, [8, 4, 32, 40, 44, 48, 52]), // PMUVer, TraceVer, PMSVer, TraceFilt, TraceBuffer, MTPMU, BRBE
             (6, 1, [4, 8, 24, 28, 60, 60, 60]), // APA, API, GPA, GPI, LS64
             (6, 2, [8, 12, 16, 24, 16, 16, 16]), // GPA3, APA3, MOPS, PAC_frac
-            (7, 1, [4, 8, 16, 24, 28, 32, 40]), // VMIDBits, VH, LO, SpecSEI, XNX, TWED, HCX
+            (7, 0, [8, 12, 16, 32, 40, 56, 60]), // BigEnd, SNSMem, BigEndEL0, TGran16_2, TGran4_2, FGT, ECV
+            (7, 1, [4, 8, 16, 24, 28, 32, 40]),  // VMIDBits, VH, LO, SpecSEI, XNX, TWED, HCX
             (7, 2, [12, 24, 40, 56, 12, 12, 12]), // IESB, NV, FWB, EVT
         ];
         for (crm, op2, fields) in hidden {
@@ -275,6 +271,9 @@ mod tests {
             0xf,
             "an absent granule stays absent"
         );
+        for (real, given) in [(0, 0), (1, 1), (2, 1)] {
+            assert_eq!(id(7, 2, real << 16) >> 16 & 0xf, given, "VARange");
+        }
     }
 
     #[test]
@@ -294,29 +293,59 @@ mod tests {
     }
 
     #[test]
-    fn debug_registers_answer_as_without_a_debugger() {
+    fn the_debug_registers_are_those_that_are_promised() {
+        let promised = id(5, 0, u64::MAX);
+        assert_eq!(promised & 0xf, 6, "Armv8.0");
+        let [breakpoints, watchpoints, contexts] = [12, 20, 28].map(|low| promised >> low & 0xf);
         assert_eq!(
-            access(SystemRegister::new(2, 0, 1, 1, 4), false),
-            Answer::Value(8)
+            [breakpoints, watchpoints, contexts],
+            [1, 1, 0],
+            "each less one"
         );
-        assert_eq!(
-            access(SystemRegister::new(2, 0, 0, 2, 2), true),
-            Answer::Value(0)
+        for n in 0..16 {
+            for op2 in 4..8 {
+                let answer = access(SystemRegister::new(2, 0, 0, n, op2), true);
+                let exists = u64::from(n) <= breakpoints;
+                assert_eq!(matches!(answer, Answer::Debug(_)), exists, "{n} {op2}");
+                assert_eq!(answer == Answer::Undefined, !exists, "{n} {op2}");
+            }
+        }
+        let mdscr = SystemRegister::new(2, 0, 0, 2, 2);
+        assert_eq!(access(mdscr, true), Answer::Debug(debug::Register::Control));
+    }
+
+    #[test]
+    fn a_guest_cannot_turn_its_interrupt_controllers_registers_off() {
+        let sre = SystemRegister::new(3, 0, 12, 12, 5);
+        assert_eq!(access(sre, false), Answer::Value(0b111));
+        assert_eq!(access(sre, true), Answer::Value(0b111), "ignored");
+        let v2 = Given {
+            gic_registers: false,
+            ..GIVEN
+        };
+        assert_eq!(ask(sre, false, v2, 0), Answer::Undefined);
+    }
+
+    #[test]
+    fn the_revision_is_this_cpus_and_cannot_be_written() {
+        let (revidr, aidr) = (
+            SystemRegister::new(3, 0, 0, 0, 6),
+            SystemRegister::new(3, 1, 0, 0, 7),
         );
-        assert_eq!(
-            access(SystemRegister::new(2, 0, 0, 1, 5), true),
-            Answer::Value(0)
-        );
-        assert_eq!(
-            access(SystemRegister::new(2, 0, 0, 2, 5), true),
-            Answer::Undefined
-        );
+        assert_eq!(access(revidr, false), Answer::Value(0x1357));
+        assert_eq!(access(aidr, false), Answer::Value(0));
+        assert_eq!(access(revidr, true), Answer::Undefined);
+        assert_eq!(access(aidr, true), Answer::Undefined);
     }
 
     #[test]
     fn everything_else_is_undefined() {
-        // CNTP_CTL_EL02, PMCR_EL0, LORC_EL1, an implementation-defined register, a write to ID_AA64PFR0_EL1.
+        // CNTP_CTL_EL02, PMCR_EL0, LORC_EL1, an implementation-defined register, the identification registers of hidden
+        // features (GMID_EL1, SMIDR_EL1, MPAMIDR_EL1), a write to ID_AA64PFR0_EL1.
         for (op0, op1, crn, crm, op2) in [
+            (3, 1, 0, 0, 4),
+            (3, 1, 0, 0, 6),
+            (3, 0, 10, 4, 4),
             (3, 5, 14, 2, 1),
             (3, 3, 9, 12, 0),
             (3, 0, 10, 4, 3),

@@ -10,10 +10,8 @@ const EC_SHIFT: u32 = 26;
 const EC_BITS: u64 = 0x3f;
 /// ESR_EL2.IL: the trapped instruction has 32 bits.
 pub const ESR_IL: u64 = 1 << 25;
-const ISS_BITS: u64 = (1 << 25) - 1;
-
-/// Bytes of an A64 instruction.
-pub const INSTRUCTION_BYTES: u64 = 4;
+/// ESR_EL2.ISS.
+pub const ISS_BITS: u64 = (1 << 25) - 1;
 
 /// A synchronous exception out of a guest.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -34,7 +32,7 @@ pub enum Trap {
     /// A stage-2 abort on data.
     DataAbort(Abort),
     /// A feature the guest was told it does not have: floating point (never trapped here), SVE, SME, pointer
-    /// authentication, ERET, LS64, transactional memory, BTI, guarded stacks, memory operations.
+    /// authentication, ERET, LS64, transactional memory, BTI, guarded stacks, memory operations, 128-bit registers.
     HiddenFeature,
     /// Illegal execution state, set up by the guest's own ERET: an exception at the same level.
     IllegalState,
@@ -77,7 +75,9 @@ pub enum FaultStatus {
     TlbConflict,
     /// An exclusive or atomic access to memory that does not support it.
     UnsupportedAtomic,
-    /// Alignment, tag check and other kinds that belong to stage 1, or reserved ones.
+    /// An unaligned access, or `DC ZVA`, to what stage 2 makes Device memory.
+    Alignment,
+    /// Tag check and other kinds that belong to stage 1, or reserved ones.
     Other {
         /// The six bits.
         code: u8,
@@ -183,8 +183,11 @@ pub fn decode(esr: u64) -> Trap {
         0x18 => Trap::SystemRegister(system_register(iss)),
         0x20 => Trap::InstructionAbort(instruction_abort(iss)),
         0x24 => Trap::DataAbort(data_abort(iss)),
-        // SIMD/FP, LD64B/ST64B, pointer authentication, TSTART, BTI, SVE, ERET, SME, memory operations, guarded stack.
-        0x07 | 0x09 | 0x0a | 0x0d | 0x19 | 0x1a | 0x1b | 0x1d | 0x27 | 0x2d => Trap::HiddenFeature,
+        // SIMD/FP, pointer authentication, LD64B/ST64B, BTI, 128-bit registers, SVE, ERET, TSTART, SME, memory operations,
+        // guarded stack.
+        0x07 | 0x09 | 0x0a | 0x0d | 0x14 | 0x19 | 0x1a | 0x1b | 0x1d | 0x27 | 0x2d => {
+            Trap::HiddenFeature
+        }
         0x0e => Trap::IllegalState,
         0x03..=0x06 | 0x08 | 0x0c | 0x11..=0x13 | 0x28 | 0x38 | 0x3a => Trap::Aarch32,
         class => Trap::Unexpected { class },
@@ -355,6 +358,7 @@ fn fault_status(iss: u64) -> FaultStatus {
         0x0c..=0x0f => FaultStatus::Stage2(FaultKind::Permission),
         // Synchronous external aborts and parity errors: on the access, on a walk at each level.
         0x10 | 0x13..=0x18 | 0x1b..=0x1f => FaultStatus::External,
+        0x21 => FaultStatus::Alignment,
         0x30 => FaultStatus::TlbConflict,
         0x31 | 0x35 => FaultStatus::UnsupportedAtomic,
         code => FaultStatus::Other { code },
@@ -417,7 +421,9 @@ mod tests {
         let aarch32 = [
             0x03, 0x04, 0x05, 0x06, 0x08, 0x0c, 0x11, 0x12, 0x13, 0x28, 0x38, 0x3a,
         ];
-        let hidden = [0x07, 0x09, 0x0a, 0x0d, 0x19, 0x1a, 0x1b, 0x1d, 0x27, 0x2d];
+        let hidden = [
+            0x07, 0x09, 0x0a, 0x0d, 0x14, 0x19, 0x1a, 0x1b, 0x1d, 0x27, 0x2d,
+        ];
         let mut unexpected = Vec::new();
         for class in 0..64_u64 {
             match decode(class << EC_SHIFT) {
@@ -447,7 +453,9 @@ mod tests {
     #[test]
     fn every_fault_status_has_one_meaning() {
         use FaultKind::{AccessFlag, Permission, Translation};
-        use FaultStatus::{AddressSize, External, Other, Stage2, TlbConflict, UnsupportedAtomic};
+        use FaultStatus::{
+            AddressSize, Alignment, External, Other, Stage2, TlbConflict, UnsupportedAtomic,
+        };
         for code in 0..64_u8 {
             let expected = match code {
                 0..4 | 0x29 => AddressSize,
@@ -455,6 +463,7 @@ mod tests {
                 8..12 => Stage2(AccessFlag),
                 12..16 => Stage2(Permission),
                 0x10 | 0x13 | 0x14 | 0x15 | 0x16 | 0x17 | 0x18 | 0x1b..=0x1f => External,
+                0x21 => Alignment,
                 0x30 => TlbConflict,
                 0x31 | 0x35 => UnsupportedAtomic,
                 _ => Other { code },

@@ -10,6 +10,7 @@ use alloc::boxed::Box;
 use spin::Mutex;
 
 use crate::arch::context::{El1, Frame};
+use crate::vm::debug::Debug;
 use crate::vm::inject::{PSTATE_DAIF, PSTATE_EL1H};
 use crate::vm::psci::Power;
 use crate::vm::ptimer::PhysicalTimer;
@@ -41,6 +42,8 @@ pub struct Vcpu {
     pub(crate) attention: AtomicBool,
     /// A shared interrupt may be in flight for it; set and cleared under the lock of the shared interrupts.
     pub(crate) spis: AtomicBool,
+    /// It has ended by itself, and nobody has said so yet.
+    pub(crate) ended: AtomicBool,
     /// Whether it is on.
     pub(crate) power: Mutex<Power>,
     pub(crate) mailbox: Mutex<Mailbox>,
@@ -72,6 +75,7 @@ pub(crate) struct Parked {
     /// It waits for an interrupt.
     pub(crate) asleep: Option<Sleep>,
     pub(crate) timer: PhysicalTimer,
+    pub(crate) debug: Debug,
 }
 
 impl Parked {
@@ -83,6 +87,7 @@ impl Parked {
             awaiting: false,
             asleep: None,
             timer: PhysicalTimer::default(),
+            debug: Debug::default(),
         }
     }
 }
@@ -95,6 +100,7 @@ impl Vcpu {
             private: Mutex::new(Private::new(gicv3)),
             attention: AtomicBool::new(false),
             spis: AtomicBool::new(false),
+            ended: AtomicBool::new(false),
             power: Mutex::new(Power::Off),
             mailbox: Mutex::new(Mailbox::default()),
             parked: Mutex::new(Parked::out_of_reset(index, cntvoff)),

@@ -22,6 +22,7 @@ use crate::mmu::{
 };
 use crate::sync::percpu;
 use crate::sync::quiescence::CpuId;
+use crate::vm::console::{self, Console};
 use crate::vm::host::{self, Host};
 use crate::vm::run;
 use crate::vm::sched;
@@ -31,7 +32,7 @@ use crate::vm::vgic::distributor::{
     REDISTRIBUTOR_BYTES, V2_DISTRIBUTOR_BYTES, V3_DISTRIBUTOR_BYTES,
 };
 use crate::vm::vgic::shared::{Routing, Shared};
-use crate::vm::vuart::{self, Vuart};
+use crate::vm::vuart;
 
 /// Bits of a guest's physical address space, where the machine's is not smaller.
 const GUEST_ADDRESS_BITS: u32 = 40;
@@ -193,7 +194,7 @@ pub struct Vm {
     vcpus: Box<[Vcpu]>,
     /// By CPU: the vCPU that it loaded last. Each word is its CPU's own.
     last_on: Box<[AtomicUsize]>,
-    pub(crate) uart: Mutex<Vuart>,
+    pub(crate) uart: Mutex<Console>,
     /// The vCPUs are to leave their CPUs.
     stopping: AtomicBool,
     reasons: Mutex<Vec<Option<StopReason>>>,
@@ -283,7 +284,9 @@ impl Vm {
             vm.add_device(GICC, virtual_interface, GICV_BYTES)?;
         }
         vm.turn_first_on()?;
-        Ok(Arc::new(vm))
+        let vm = Arc::new(vm);
+        console::add(&vm);
+        Ok(vm)
     }
 
     fn turn_first_on(&self) -> Result<(), Error> {
@@ -376,7 +379,8 @@ impl Vm {
             vcpu.reset(gicv3, counter);
         }
         self.reasons.lock().fill(None);
-        *self.uart.lock() = Vuart::default();
+        self.finish_console();
+        *self.uart.lock() = Console::default();
         self.turn_first_on()
     }
 
@@ -415,6 +419,9 @@ impl Vm {
             run::rest(self.gic);
         };
         self.awaited.store(NOBODY, Ordering::SeqCst);
+        if outcome.is_err() {
+            self.finish_console();
+        }
         outcome
     }
 
@@ -458,11 +465,12 @@ impl Vm {
     /// Stops the VM and gives back what it has: tables and VMID. Memory behind its slots is the caller's again.
     pub fn destroy(vm: Arc<Self>, host: &Host) {
         vm.stop(host);
-        vm.flush_uart();
+        vm.finish_console();
         match Arc::into_inner(vm) {
             Some(vm) => vm.stage2.destroy(this_cpu()),
             None => log::error!("a VM that is still referred to keeps its tables"),
         }
+        console::forget();
     }
 
     /// The VM is to stop: `vcpu` cannot or may not go on.
@@ -470,9 +478,8 @@ impl Vm {
         if let Some(place) = self.reasons.lock().get_mut(vcpu) {
             *place = Some(reason);
         }
-        self.flush_uart();
-        log::warn!("vCPU {vcpu} {reason}");
         self.stopping.store(true, Ordering::SeqCst);
+        self.announce_end(vcpu);
         self.kick_all();
         self.kick_controller();
     }

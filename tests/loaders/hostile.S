@@ -58,6 +58,22 @@ begin:
     adr     x10, vectors
     msr     vbar_el2, x10
     isb
+    // Breakpoints and watchpoints everywhere, at EL0, EL1 and EL2.
+    .macro debug number
+    mov     x10, #0x21e7
+    spoil   dbgbvr\number\()_el1
+    msr     dbgbcr\number\()_el1, x10
+    spoil   dbgwvr\number\()_el1
+    constant x10, 0x1f003fff
+    msr     dbgwcr\number\()_el1, x10
+    .endm
+    .irp    number, 0, 1, 2, 3, 4, 5
+    debug   \number
+    .endr
+    spoil   mdscr_el1
+    mov     x10, #1
+    msr     oslar_el1, x10
+    msr     osdlr_el1, x10
     spoil   ttbr0_el2
     spoil   tcr_el2
     spoil   mair_el2
@@ -94,13 +110,31 @@ begin:
     spoil   s3_4_c1_c1_6                // HFGITR_EL2
     spoil   s3_4_c3_c1_4                // HDFGRTR_EL2
     spoil   s3_4_c3_c1_5                // HDFGWTR_EL2
+    spoil   s3_4_c3_c1_2                // HFGRTR2_EL2
+    spoil   s3_4_c3_c1_3                // HFGWTR2_EL2
+    spoil   s3_4_c3_c1_7                // HFGITR2_EL2
+    spoil   s3_4_c3_c1_0                // HDFGRTR2_EL2
+    spoil   s3_4_c3_c1_1                // HDFGWTR2_EL2
+    spoil   s3_4_c3_c1_6                // HAFGRTR_EL2
+    spoil   s3_4_c9_c9_0                // PMSCR_EL2
+    spoil   s3_4_c1_c2_1                // TRFCR_EL2
+    spoil   s3_4_c10_c5_0               // MPAM2_EL2
+    spoil   s3_4_c10_c4_0               // MPAMHCR_EL2
+    spoil   s3_4_c5_c2_3                // VSESR_EL2
+    spoil   s3_4_c12_c1_1               // VDISR_EL2
+    spoil   mdscr_el1
     spoil   s3_4_c2_c0_3                // TCR2_EL2
+    spoil   s3_4_c1_c0_3                // SCTLR2_EL2
     spoil   s3_4_c12_c11_7              // ICH_VMCR_EL2
     spoil   s3_4_c12_c12_0              // ICH_LR0_EL2
     spoil   s3_4_c12_c12_1              // ICH_LR1_EL2
+    spoil   s3_4_c12_c12_2              // ICH_LR2_EL2
+    spoil   s3_4_c12_c12_3              // ICH_LR3_EL2
+    spoil   s3_4_c12_c8_0               // ICH_AP0R0_EL2
     spoil   s3_4_c12_c9_0               // ICH_AP1R0_EL2
     mov     x10, #3
     msr     s3_4_c12_c11_0, x10         // ICH_HCR_EL2: on, with a maintenance interrupt
+    spoil   s3_4_c12_c9_5               // ICC_SRE_EL2
     mov     x10, #1
     msr     cnthp_ctl_el2, x10          // every timer rings
     msr     cntv_ctl_el0, x10
@@ -126,7 +160,14 @@ begin:
     mov     x3, x9
     mov     x29, x9
     mov     x30, x9
-    br      x20
+    // From here on calls and returns go by a guarded stack that there is not, and no exception comes back.
+    mrs     x10, id_aa64pfr1_el1
+    tst     x10, #(0xf << 44)           // GCS
+    b.eq    2f
+    orr     x10, x9, #1
+    msr     s3_4_c2_c5_0, x10           // GCSCR_EL2
+    isb
+2:  br      x20
 
 // Fills [x0, x1) with x9.
 fill:

@@ -75,6 +75,11 @@ pub fn dsb_nsh() {
     execute(Event::DsbNsh, |state| state.dsb(false, true));
 }
 
+/// `DSB LD`: waits for earlier loads, of devices too, before anything later.
+pub fn dsb_ld() {
+    execute(Event::DsbLd, |_| ());
+}
+
 /// `ISB`: synchronizes the context of this CPU.
 pub fn isb() {}
 

@@ -103,6 +103,8 @@ pub enum Event {
     DsbNshst,
     /// `DSB NSH`.
     DsbNsh,
+    /// `DSB LD`.
+    DsbLd,
     /// `TLBI IPAS2E1IS`.
     TlbiIpas2e1is(Ipa),
     /// `TLBI IPAS2E1`.

@@ -4,7 +4,7 @@ extern crate std;
 
 use std::cell::{Cell, RefCell};
 
-use crate::arch::context::{El1, Exit, Frame, Stage2Geometry};
+use crate::arch::context::{DebugRegisters, El1, Exit, Frame, Stage2Geometry};
 
 /// List registers that there can be.
 const MOST_LIST_REGISTERS: usize = 16;
@@ -59,13 +59,9 @@ pub unsafe fn reload(_el1: &El1) {}
 /// As on the target.
 pub unsafe fn put(_el1: &mut El1, _idle_vttbr: u64) {}
 
-/// Identification registers of a CPU that claims everything in every field.
-pub fn id_register(crm: u8, _op2: u8) -> u64 {
-    if (4..=7).contains(&crm) {
-        0x1111_1111_1111_1111
-    } else {
-        0
-    }
+/// REVIDR_EL1.
+pub fn revidr_el1() -> u64 {
+    0
 }
 
 /// FAR_EL2.
@@ -86,6 +82,22 @@ pub fn set_fault_address(far: u64, hpfar: u64) {
 
 /// The guest goes on behind the instruction; there is none.
 pub fn skip_trapped_instruction() {}
+
+/// ELR_EL2; there is no guest.
+pub fn elr_el2() -> u64 {
+    0
+}
+
+/// SPSR_EL2.SS; nothing steps.
+pub fn end_step() {}
+
+/// Number of the last breakpoint.
+pub fn last_breakpoint() -> u64 {
+    5
+}
+
+/// Nothing is debugged here.
+pub fn set_debug_registers(_to: &DebugRegisters) {}
 
 /// SCTLR_EL1 of the resident vCPU.
 pub fn sctlr_el1() -> u64 {

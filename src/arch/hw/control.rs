@@ -2,7 +2,7 @@
 //!
 //! On silicon they are UNKNOWN at entry. The values are those of a CPU that holds no vCPU and protect the hypervisor
 //! whatever EL1 would do; loading a vCPU changes only what differs between VMs. SCTLR_EL2, TCR_EL2, MAIR_EL2,
-//! TTBR0_EL2, VBAR_EL2, TCR2_EL2 and SCTLR2_EL2 are written by the entry code.
+//! TTBR0_EL2, VBAR_EL2, TCR2_EL2, SCTLR2_EL2 and GCSCR_EL2 are written by the entry code.
 
 use aarch64_cpu::registers::{
     CNTHCTL_EL2, HCR_EL2, MIDR_EL1, MPIDR_EL1, Readable, SCTLR_EL1, TCR_EL1, VTCR_EL2,
@@ -10,6 +10,7 @@ use aarch64_cpu::registers::{
 
 use super::isb;
 use super::registers::{mrs, msr};
+use crate::arch::debug::clear_comparators;
 use crate::arch::features::{Features, IdRegisters};
 
 /// HCR_EL2.FB: broadcast a guest's local invalidations, so that a vCPU that moves leaves nothing stale behind.
@@ -18,8 +19,9 @@ const HCR_FB: u64 = 1 << 9;
 const HCR_BSU_INNER: u64 = 0b01 << 10;
 /// HCR_EL2.PTW: a stage-1 walk through device memory faults.
 const HCR_PTW: u64 = 1 << 2;
-/// HCR_EL2.TID3, TIDCP, TACR, TSW: ID, implementation-defined and auxiliary registers, set/way operations trap.
-const HCR_TRAPS: u64 = 1 << 18 | 1 << 20 | 1 << 21 | 1 << 22;
+/// HCR_EL2.TID1, TID3, TIDCP, TACR, TSW: ID, implementation-defined and auxiliary registers, set/way operations trap. TID5
+/// does nothing where there is no FEAT_MTE2, whose GMID_EL1 it hides.
+const HCR_TRAPS: u64 = 1 << 16 | 1 << 18 | 1 << 20 | 1 << 21 | 1 << 22 | 1 << 58;
 /// HCR_EL2.TLOR: limited-ordering registers trap.
 const HCR_TLOR: u64 = 1 << 35;
 /// HCR_EL2.APK and API: pointer authentication does not trap.
@@ -36,13 +38,20 @@ const CPTR_TRAPS: u64 = 1 << 20 | 1 << 30;
 
 /// MDCR_EL2.TPMCR, TPM: the PMU traps.
 const MDCR_PMU: u64 = 1 << 5 | 1 << 6;
-/// MDCR_EL2.TDA, TDOSA, TDRA: debug registers trap.
+/// MDCR_EL2.TDA, TDOSA, TDRA: debug registers trap. TDE is zero: a guest's debug exceptions are its own (`vm::debug`).
 const MDCR_DEBUG: u64 = 1 << 9 | 1 << 10 | 1 << 11;
 /// MDCR_EL2.TPMS, TTRF: statistical profiling and trace filtering trap. E2PB and E2TB are zero: their buffers are EL2's.
 const MDCR_PROFILING: u64 = 1 << 14 | 1 << 19;
 
 /// MPAM2_EL2.TRAPMPAM0EL1, TRAPMPAM1EL1: resource partitioning traps.
 const MPAM_TRAPS: u64 = 1 << 48 | 1 << 49;
+
+/// MPAM2_EL2.TIDR: MPAMIDR_EL1 traps, where MPAMIDR_EL1.HAS_TIDR says so.
+const MPAM_TRAPS_ID: u64 = 1 << 58;
+const MPAMIDR_HAS_TIDR: u64 = 1 << 58;
+/// MPAMHCR_EL2.TRAP_MPAMIDR_EL1: the same, where MPAMIDR_EL1.HAS_HCR says that there is the register.
+const MPAMHCR_TRAPS_ID: u64 = 1 << 31;
+const MPAMIDR_HAS_HCR: u64 = 1 << 17;
 
 /// SCTLR_EL1 bits that are RES1 in Armv8.0.
 const SCTLR_EL1_RES1: u64 = 0x30d0_0800;
@@ -107,9 +116,28 @@ fn mdcr(features: &Features) -> u64 {
     counters | MDCR_PMU | MDCR_DEBUG | MDCR_PROFILING
 }
 
+/// MPAMIDR_EL1; zero without FEAT_MPAM.
+fn mpamidr(features: &Features) -> u64 {
+    if features.mpam {
+        mrs!("s3_0_c10_c4_4")
+    } else {
+        0
+    }
+}
+
+/// MPAM2_EL2: the default partition, and what traps.
+const fn mpam2(mpamidr: u64) -> u64 {
+    if mpamidr & MPAMIDR_HAS_TIDR != 0 {
+        MPAM_TRAPS | MPAM_TRAPS_ID
+    } else {
+        MPAM_TRAPS
+    }
+}
+
 /// Writes the table on this CPU, which has `features`, holds no vCPU and rests on the empty stage-2 tables that
 /// `idle_vttbr` names.
 pub fn write_control_registers(features: &Features, idle_vttbr: u64) {
+    let mpamidr = mpamidr(features);
     let shielded = TCR_EL1::EPD0::DisableTTBR0Walks + TCR_EL1::EPD1::DisableTTBR1Walks;
     table! {
         if true => {
@@ -130,6 +158,8 @@ pub fn write_control_registers(features: &Features, idle_vttbr: u64) {
             "actlr_el2" = 0_u64;
             "amair_el2" = 0_u64;
             "mdscr_el1" = 0_u64;
+            "oslar_el1" = 0_u64; // closed, it would keep a guest's debug exceptions back
+            "osdlr_el1" = 0_u64;
             "cnthctl_el2" = CNTHCTL_EL2::EL1PCTEN::SET.value;
             "cntvoff_el2" = 0_u64;
             "cnthp_ctl_el2" = 0_u64;
@@ -152,6 +182,9 @@ pub fn write_control_registers(features: &Features, idle_vttbr: u64) {
             "s3_4_c3_c1_4" = 0_u64; // HDFGRTR_EL2
             "s3_4_c3_c1_5" = 0_u64; // HDFGWTR_EL2
         }
+        if features.fine_grained_traps >= 1 && features.amu => {
+            "s3_4_c3_c1_6" = 0_u64; // HAFGRTR_EL2
+        }
         if features.fine_grained_traps >= 2 => {
             "s3_4_c3_c1_0" = 0_u64; // HDFGRTR2_EL2
             "s3_4_c3_c1_1" = 0_u64; // HDFGWTR2_EL2
@@ -166,9 +199,13 @@ pub fn write_control_registers(features: &Features, idle_vttbr: u64) {
             "s3_4_c1_c2_1" = 0_u64; // TRFCR_EL2
         }
         if features.mpam => {
-            "s3_4_c10_c5_0" = MPAM_TRAPS; // MPAM2_EL2
+            "s3_4_c10_c5_0" = mpam2(mpamidr); // MPAM2_EL2
+        }
+        if mpamidr & MPAMIDR_HAS_HCR != 0 => {
+            "s3_4_c10_c4_0" = MPAMHCR_TRAPS_ID; // MPAMHCR_EL2
         }
     }
+    clear_comparators();
     isb();
 }
 

@@ -15,8 +15,8 @@ mod vttbr;
 
 pub use atomics::{cas, fetch_clear, fetch_or, set_lse, swap, use_lse};
 pub use barriers::{
-    dsb_ish, dsb_ishst, dsb_nsh, dsb_nshst, hint_forget_lines, hint_measured, hint_tell_lines,
-    hint_unmeasured, isb, sev, wfi, yield_now,
+    dsb_ish, dsb_ishst, dsb_ld, dsb_nsh, dsb_nshst, hint_forget_lines, hint_measured,
+    hint_tell_lines, hint_unmeasured, isb, sev, wfi, yield_now,
 };
 pub use boot::image_base;
 pub use cache::{

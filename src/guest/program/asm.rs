@@ -19,6 +19,12 @@ const USER: u64 = 1 << 6;
 const MAIR: u64 = 0xff | 0x04 << 8;
 /// TCR_EL1: 39-bit addresses below, none above, 4 KiB granule, cacheable and inner-shareable walks, 40-bit output.
 const TCR: u64 = 25 | 1 << 8 | 1 << 10 | 0b11 << 12 | 1 << 23 | 0b010 << 32;
+/// TCR_EL1.EPD1: nothing above.
+const UPPER_OFF: u64 = 1 << 23;
+/// TCR_EL1: 39-bit addresses above as below.
+const UPPER_ON: u64 = 25 << 16 | 1 << 24 | 1 << 26 | 0b11 << 28 | 0b10 << 30;
+/// The lowest address above.
+pub(crate) const UPPER: u64 = 0xffff_ff80_0000_0000;
 /// SCTLR_EL1: MMU, caches, stack alignment, and the bits that are one on a CPU without the features they belong to.
 const SCTLR: u64 = 0x30d0_0800 | 1 | 1 << 2 | 1 << 3 | 1 << 12;
 
@@ -43,10 +49,15 @@ unsafe extern "C" {
     fn guest_secondary();
     fn guest_run_el0() -> u64;
     fn guest_run_aarch32(address: u64) -> !;
+    fn guest_step_through(device: u64);
+    fn guest_stepped();
+    fn guest_run_watched(address: u64);
+    fn guest_broken();
 }
 
 const PSCI_CPU_OFF: u64 = 0x8400_0002;
 const PSCI_CPU_ON: u64 = 0xc400_0003;
+const PSCI_AFFINITY_INFO: u64 = 0xc400_0004;
 
 macro_rules! read_register {
     ($name:ident, $register:literal, $what:literal) => {
@@ -72,8 +83,32 @@ read_register!(
     "s3_0_c1_c2_0",
     "ZCR_EL1, which the machine does not offer."
 );
+read_register!(
+    sme_identification,
+    "s3_1_c0_c0_6",
+    "SMIDR_EL1, which the machine does not offer."
+);
+read_register!(revision, "revidr_el1", "REVIDR_EL1.");
+read_register!(auxiliary, "aidr_el1", "AIDR_EL1.");
+read_register!(endianness, "id_aa64mmfr0_el1", "ID_AA64MMFR0_EL1.");
 read_register!(vttbr, "vttbr_el2", "VTTBR_EL2, which belongs to EL2.");
+read_register!(icc_pmr, "s3_0_c4_c6_0", "ICC_PMR_EL1.");
+read_register!(physical_timer_control, "cntp_ctl_el0", "CNTP_CTL_EL0.");
 read_register!(icc_iar1, "s3_0_c12_c12_0", "ICC_IAR1_EL1.");
+
+read_register!(os_lock_status, "oslsr_el1", "OSLSR_EL1.");
+read_register!(debug_control, "mdscr_el1", "MDSCR_EL1.");
+read_register!(breakpoint_value_0, "dbgbvr0_el1", "DBGBVR0_EL1.");
+read_register!(breakpoint_value_1, "dbgbvr1_el1", "DBGBVR1_EL1.");
+read_register!(breakpoint_control_0, "dbgbcr0_el1", "DBGBCR0_EL1.");
+read_register!(breakpoint_control_1, "dbgbcr1_el1", "DBGBCR1_EL1.");
+read_register!(watchpoint_value_0, "dbgwvr0_el1", "DBGWVR0_EL1.");
+read_register!(watchpoint_control_0, "dbgwcr0_el1", "DBGWCR0_EL1.");
+read_register!(
+    deferred_error,
+    "s3_0_c12_c1_1",
+    "DISR_EL1, where there is one."
+);
 
 macro_rules! write_register {
     ($name:ident, $register:literal, $what:literal) => {
@@ -89,6 +124,20 @@ write_register!(
     set_feature_access,
     "cpacr_el1",
     "CPACR_EL1: what EL1 and EL0 may use."
+);
+write_register!(set_os_lock, "oslar_el1", "OSLAR_EL1.");
+write_register!(set_debug_control, "mdscr_el1", "MDSCR_EL1.");
+write_register!(set_breakpoint_value_0, "dbgbvr0_el1", "DBGBVR0_EL1.");
+write_register!(set_breakpoint_value_1, "dbgbvr1_el1", "DBGBVR1_EL1.");
+write_register!(set_breakpoint_control_0, "dbgbcr0_el1", "DBGBCR0_EL1.");
+write_register!(set_breakpoint_control_1, "dbgbcr1_el1", "DBGBCR1_EL1.");
+write_register!(set_watchpoint_value_0, "dbgwvr0_el1", "DBGWVR0_EL1.");
+write_register!(set_watchpoint_control_0, "dbgwcr0_el1", "DBGWCR0_EL1.");
+write_register!(set_context, "contextidr_el1", "CONTEXTIDR_EL1.");
+write_register!(
+    set_deferred_error,
+    "s3_0_c12_c1_1",
+    "DISR_EL1, where there is one."
 );
 write_register!(set_timer_control, "cntv_ctl_el0", "CNTV_CTL_EL0.");
 write_register!(set_timer_value, "cntv_tval_el0", "CNTV_TVAL_EL0.");
@@ -164,6 +213,17 @@ pub(crate) fn cpu_on(affinity: u64, index: u64) -> u64 {
     answer
 }
 
+/// PSCI AFFINITY_INFO of the vCPU at `affinity`.
+pub(crate) fn affinity_info(affinity: u64) -> u64 {
+    let answer;
+    // SAFETY: As for every hypercall.
+    unsafe {
+        asm!("hvc #0", inout("x0") PSCI_AFFINITY_INFO => answer, in("x1") affinity, in("x2") 0,
+             clobber_abi("C"), options(nostack));
+    }
+    answer
+}
+
 /// PSCI CPU_OFF: does not return.
 pub(crate) fn cpu_off() -> ! {
     hvc(PSCI_CPU_OFF);
@@ -204,6 +264,38 @@ pub(crate) fn hvc_at_el0() -> u64 {
 pub(crate) fn run_aarch32(address: u64) -> ! {
     // SAFETY: The assembly leaves this program for good.
     unsafe { guest_run_aarch32(address) }
+}
+
+/// Runs a few instructions, among them a load from `device`, with a step's exception after each.
+pub(crate) fn step_through(device: u64) {
+    // SAFETY: The vectors have it go on; the assembly clobbers what the C ABI does.
+    unsafe { guest_step_through(device) };
+}
+
+/// Address of the first of those instructions.
+pub(crate) fn stepped() -> u64 {
+    guest_stepped as *const () as u64
+}
+
+/// Runs the instruction at [`broken`], and then a load from `address`, with debug exceptions let in.
+pub(crate) fn run_watched(address: u64) {
+    // SAFETY: As for `step_through`.
+    unsafe { guest_run_watched(address) };
+}
+
+/// Address of that instruction.
+pub(crate) fn broken() -> u64 {
+    guest_broken as *const () as u64
+}
+
+/// SPSR_EL1: the next instruction is stepped over, too, when the handler returns (SS), or no more (D).
+pub(crate) fn step_on(more: bool) {
+    let bit: u64 = if more { 1 << 21 } else { 1 << 9 };
+    // SAFETY: Called by the vectors, which return by this SPSR_EL1.
+    unsafe {
+        asm!("mrs {t}, spsr_el1", "orr {t}, {t}, {bit}", "msr spsr_el1, {t}", t = out(reg) _, bit = in(reg) bit,
+             options(nomem, nostack));
+    }
 }
 
 /// Lets interrupts in and waits for one.
@@ -373,6 +465,12 @@ pub(crate) fn store(address: u64, value: u64) {
     unsafe { asm!("str {}, [{}]", in(reg) value, in(reg) address, options(nostack)) };
 }
 
+/// A store of two double words that may fault.
+pub(crate) fn store_pair(address: u64) {
+    // SAFETY: As for `store`.
+    unsafe { asm!("stp xzr, xzr, [{}]", in(reg) address, options(nostack)) };
+}
+
 /// A 32-bit store to a device.
 pub(crate) fn store_word(address: u64, value: u64) {
     // SAFETY: As for `store`.
@@ -421,6 +519,36 @@ pub(crate) fn smc(function: u64) -> u64 {
     unsafe { asm!("smc #0", inout("x0") function => answer, clobber_abi("C"), options(nostack)) };
     answer
 }
+
+/// Runs `attempt` with stage-1 tables at `tables` for the upper half of addresses, from [`UPPER`] on.
+pub(crate) fn with_upper_tables<T>(tables: u64, attempt: impl FnOnce() -> T) -> T {
+    set_upper(tables, TCR & !UPPER_OFF | UPPER_ON);
+    let outcome = attempt();
+    set_upper(0, TCR);
+    outcome
+}
+
+fn set_upper(tables: u64, control: u64) {
+    // SAFETY: No code, stack or data is up there.
+    unsafe {
+        asm!("msr ttbr1_el1, {}", "isb", "msr tcr_el1, {}", "isb", "tlbi vmalle1", "dsb nsh", "isb",
+             in(reg) tables, in(reg) control, options(nostack));
+    }
+}
+
+/// `AT S1E1R`, after PAR_EL1 has been set to a success; PAR_EL1 then.
+pub(crate) fn translate(address: u64) -> u64 {
+    let outcome;
+    // SAFETY: Changes PAR_EL1 only; a fault is caught by the vectors.
+    unsafe {
+        asm!("msr par_el1, xzr", "isb", "at s1e1r, {}", "isb", "mrs {}, par_el1", in(reg) address, out(reg) outcome,
+             options(nostack));
+    }
+    outcome
+}
+
+/// A one-gigabyte block of Normal memory from address 0 on, as a descriptor of level 1.
+pub(crate) const FIRST_GIGABYTE: u64 = VALID | INNER_SHAREABLE | ACCESSED | NO_EXECUTE;
 
 /// Calls whatever is at `address`; the vectors bring it back.
 pub(crate) fn call(address: u64) {

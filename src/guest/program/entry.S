@@ -179,3 +179,37 @@ guest_run_aarch32:
 .balign 8
 1:  .inst   0xe5901000                  // ldr r1, [r0]
     .inst   0xef000000                  // svc #0
+
+// x0 = the address of a device's register. Single-steps from `guest_stepped` to the return.
+.global guest_step_through
+guest_step_through:
+    mov     x9, x0
+    adr     x1, guest_stepped
+    msr     elr_el1, x1
+    mov     x1, #0x1c5                  // EL1 with SP_EL1; A, I and F masked, D not
+    orr     x1, x1, #(1 << 21)          // SS
+    msr     spsr_el1, x1
+    isb
+    eret
+.global guest_stepped
+guest_stepped:
+    nop
+    ldr     w1, [x9]
+    mrs     x1, id_aa64pfr0_el1
+    movz    w0, #0xc600, lsl #16        // the null hypercall
+    hvc     #0
+    movz    w0, #0x8400, lsl #16        // PSCI_VERSION
+    hvc     #0
+    ret                                 // the handler has masked D
+
+// x0 = an address. An instruction to break at, and a load to watch.
+.global guest_run_watched
+guest_run_watched:
+    msr     daifclr, #8
+    isb
+.global guest_broken
+guest_broken:
+    nop
+    ldr     x1, [x0]
+    msr     daifset, #8
+    ret

@@ -1,6 +1,8 @@
 //! The guest's interrupt controller: GICv3 by system registers, GICv2 by its CPU interface's frame.
 
-use super::{affinity_of, asm, params};
+use core::sync::atomic::Ordering::Relaxed;
+
+use super::{affinity_of, asm, params, this_area};
 
 const GICD: u64 = 0x0800_0000;
 const GICC: u64 = 0x0801_0000;
@@ -14,6 +16,7 @@ const IGROUPR0: u64 = 0x80;
 const ISENABLER0: u64 = 0x100;
 const ISPENDR0: u64 = 0x200;
 const ISACTIVER0: u64 = 0x300;
+const ICACTIVER0: u64 = 0x380;
 const GICR_WAKER: u64 = 0x14;
 
 const GICC_CTLR: u64 = GICC;
@@ -44,9 +47,7 @@ pub(super) fn init(version: u64, index: u64) {
     if version == 2 {
         asm::store_word(GICD_CTLR, 1);
         asm::store_word(GICD + ISENABLER0, ENABLED);
-        set_priority_mask(EVERY_PRIORITY);
-        asm::store_word(GICC_CTLR, 1);
-        return;
+        return init_interface();
     }
     let redistributor = GICR + index * GICR_STRIDE;
     asm::store_word(redistributor + GICR_WAKER, 0);
@@ -55,8 +56,37 @@ pub(super) fn init(version: u64, index: u64) {
     // Affinity routing, group 1 on.
     asm::store_word(GICD_CTLR, 1 << 4 | 1 << 1);
     asm::set_icc_sre(0b111);
-    set_priority_mask(EVERY_PRIORITY);
-    asm::set_icc_igrpen1(1);
+    init_interface();
+}
+
+/// What of it is the CPU's own: nothing here traps.
+pub(super) fn init_interface() {
+    if params().gic == 2 {
+        set_priority_mask(EVERY_PRIORITY);
+        asm::store_word(GICC_CTLR, 1);
+    } else {
+        set_priority_mask(EVERY_PRIORITY);
+        asm::set_icc_igrpen1(1);
+    }
+}
+
+/// See [`set_priority_mask`].
+pub(super) fn priority_mask() -> u64 {
+    if params().gic == 2 {
+        asm::load_word(GICC_PMR)
+    } else {
+        asm::icc_pmr()
+    }
+}
+
+/// SGI `intid` of this vCPU is not active any more, whoever acknowledged it.
+pub(super) fn forget_active(intid: u64) {
+    let frame = if params().gic == 2 {
+        GICD
+    } else {
+        GICR + this_area().index.load(Relaxed) * GICR_STRIDE + SGI_FRAME
+    };
+    asm::store_word(frame + ICACTIVER0, 1 << intid);
 }
 
 /// Interrupts of priorities less than `mask` are signalled; none with zero.

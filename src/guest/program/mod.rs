@@ -1,6 +1,7 @@
 //! The guest: boots on vCPU 0, then does what it is told, one operation after the other.
 
 mod asm;
+mod debug;
 mod events;
 mod gic;
 mod hostile;
@@ -8,6 +9,7 @@ mod interrupts;
 mod ipi;
 mod measure;
 mod pass;
+mod restarts;
 mod storm;
 mod trap;
 mod uart;
@@ -41,8 +43,12 @@ extern "C" fn guest_main(index: u64) -> ! {
     area.index.store(index, Relaxed);
     area.affinity.store(asm::affinity(), Relaxed);
     asm::set_area_address(abi::area(index));
-    gic::init(params().gic, index);
-    let mut done = Done::ok(0, 0);
+    let mut done = if area.lives.load(Relaxed) > 0 {
+        restarts::live(area)
+    } else {
+        gic::init(params().gic, index);
+        Done::ok(0, 0)
+    };
     loop {
         let command = asm::next(done.status, done.ticks, done.results);
         asm::hint_begin();
@@ -68,13 +74,16 @@ fn perform(op: u64, args: [u64; 5]) -> Done {
         op::ADD => pass::add(first, second),
         op::ROUNDS => pass::rounds(first, second, third, fourth),
         op::REPORT => uart::report(this_area(), first),
+        op::FLOOD => uart::flood(this_area()),
         op::STORM => storm::run(first, second, third, fourth),
         op::HELD_TICKS => interrupts::held_ticks(first),
         op::TIMER_TEST => interrupts::timer_test(first != 0),
         op::IPI_SEND => interrupts::ipi_send(first),
         op::IPI_SERVE => interrupts::ipi_serve(first),
         op::EVENTS => events::run(first),
+        op::RESTARTS => restarts::run(first),
         op::HOSTILE => hostile::run(first),
+        op::DEBUG => debug::run(first),
         op::HYPERCALLS => hypercalls(first),
         op::MEASURE => measure::run(first, second, third, fourth != 0),
         op::LISTEN => ipi::listen(first),

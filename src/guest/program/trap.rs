@@ -4,14 +4,16 @@ use core::sync::atomic::Ordering::Relaxed;
 
 use vellum::guest::abi::status;
 
-use super::{asm, this_area};
+use super::{asm, debug, this_area};
 
 /// No exception is expected.
-const OFF: u64 = 0;
+pub(super) const OFF: u64 = 0;
 /// The next exception is recorded; execution goes on behind the instruction.
 const ARMED: u64 = 1;
 /// An exception was recorded.
 const CAUGHT: u64 = 2;
+/// Debug exceptions are recorded, any number of them.
+pub(super) const DEBUGGED: u64 = 3;
 
 const INSTRUCTION_ABORT: u64 = 0x21;
 
@@ -48,6 +50,11 @@ pub(super) fn probe(attempt: impl FnOnce()) -> Option<Caught> {
 #[unsafe(no_mangle)]
 extern "C" fn guest_sync(esr: u64, elr: u64, far: u64, link: u64) -> u64 {
     let area = this_area();
+    if area.probe.load(Relaxed) == DEBUGGED
+        && let Some(next) = debug::on_exception(area, esr >> 26, elr, far)
+    {
+        return next;
+    }
     if area.probe.load(Relaxed) != ARMED {
         asm::fail(status::EXCEPTION, esr, elr);
     }

@@ -15,7 +15,7 @@ const ALLOWED: [(&str, &[&str]); 13] = [
     (
         "vm",
         &[
-            "addr", "arch", "sync", "trace", "mem", "mmu", "dev", "guest",
+            "addr", "arch", "sync", "trace", "mem", "mmu", "dev", "guest", "log", "panic",
         ],
     ),
     (

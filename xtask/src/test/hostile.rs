@@ -156,10 +156,42 @@ fn spoil(image: &Image) -> Result<Vec<u8>> {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::behind;
     use crate::board::Board;
     use crate::machine::{Firmware, Model};
+    use crate::paths;
     use crate::test::cases::all;
+
+    #[test]
+    fn every_register_that_the_image_writes_is_spoiled_before() {
+        let read = |path: &str| fs::read_to_string(paths::root().join(path)).expect(path);
+        let loader = read("tests/loaders/hostile.S");
+        let control = read("src/arch/hw/control.rs");
+        let boot = read("src/arch/boot.S");
+        let table = control.lines().filter_map(|line| {
+            let (name, _) = line.trim().strip_prefix('"')?.split_once("\" = ")?;
+            Some(name.to_owned())
+        });
+        let entry = boot.lines().filter_map(|line| {
+            let (name, _) = line.trim().strip_prefix("msr ")?.split_once(',')?;
+            Some(name.trim().to_owned())
+        });
+        let spoiled = |name: &str| {
+            loader
+                .split(|c: char| !c.is_ascii_alphanumeric() && c != '_')
+                .any(|word| word == name)
+        };
+        let written: Vec<_> = table
+            .chain(entry)
+            .filter(|name| name != "daifset")
+            .collect();
+        assert!(written.len() > 50, "{written:?}");
+        for name in written {
+            assert!(spoiled(&name), "{name} keeps what it was");
+        }
+    }
 
     #[test]
     fn what_qemu_starts_can_be_started_by_a_hostile_loader_and_nothing_else() {
