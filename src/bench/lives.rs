@@ -1,11 +1,12 @@
 //! Suite `lives`: VMs are created, run, and destroyed at any moment, one after the other. What was free before is free
-//! afterwards.
+//! afterwards, frames, VMIDs and the CPUs' own interrupts.
 
 use crate::addr::to_index;
+use crate::arch;
 use crate::guest::abi::op;
 use crate::mem::frames;
 use crate::mmu::Locking;
-use crate::vm::Command;
+use crate::vm::{Command, run};
 
 use super::Refusal;
 use super::protect::linger;
@@ -23,7 +24,7 @@ const MOMENTS: u64 = 80;
 const MOMENT_NS: u64 = 1000;
 /// So many looks, that far apart, find the same frames free when nobody moves any.
 const SETTLED: u32 = 50;
-const STILL_NS: u64 = 1_000_000;
+const LOOKS_PER_SECOND: u64 = 1000;
 
 /// As many VMs as there are rounds; false when something is missing afterwards.
 pub(super) fn run(stage: &Stage<'_>) -> Result<bool, Refusal> {
@@ -50,6 +51,9 @@ pub(super) fn run(stage: &Stage<'_>) -> Result<bool, Refusal> {
         .value("free_pages_after", after.free_pages)
         .value("vmids_before", before.vmids)
         .value("vmids_after", after.vmids)
+        .value("interrupts_before", before.interrupts)
+        .value("interrupts_after", after.interrupts)
+        .value("interrupts_of_cpus", after.interrupts_of)
         .print();
     Ok(before == after)
 }
@@ -59,15 +63,21 @@ pub(super) fn run(stage: &Stage<'_>) -> Result<bool, Refusal> {
 struct Holdings {
     free_pages: usize,
     vmids: usize,
+    /// SGIs and virtual timers that are pending or active in the machine's interrupt controller.
+    interrupts: u32,
+    /// Of so many CPUs: all of them with a GICv3, the controller's alone with a GICv2.
+    interrupts_of: usize,
 }
 
 impl Holdings {
-    /// As soon as they are the same for a while: frames on their way between a CPU's stash and the others are counted nowhere.
+    /// As soon as they are the same for a while: frames on their way between a CPU's stash and the others are counted nowhere,
+    /// and a word for this CPU is pending until it rests.
     fn settled(stage: &Stage<'_>) -> Self {
         let mut found = Self::now(stage);
         let mut same = 0;
         while same < SETTLED {
-            linger(STILL_NS);
+            let moment = arch::counter_hz() / LOOKS_PER_SECOND;
+            run::rest_until(stage.host.gic, arch::counter() + moment);
             let now = Self::now(stage);
             same = if now == found { same + 1 } else { 0 };
             found = now;
@@ -76,9 +86,15 @@ impl Holdings {
     }
 
     fn now(stage: &Stage<'_>) -> Self {
+        let host = stage.host;
+        let timer = host.machine.interrupts.virtual_timer;
+        let in_flight = |cpu| host.gic.in_flight(cpu, timer);
+        let of_cpus = || (0..host.cpus()).filter_map(in_flight);
         Self {
             free_pages: frames::free_pages(),
-            vmids: stage.host.services.vmids.in_use(),
+            vmids: host.services.vmids.in_use(),
+            interrupts: of_cpus().map(u32::count_ones).sum(),
+            interrupts_of: of_cpus().count(),
         }
     }
 }
