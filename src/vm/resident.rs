@@ -205,6 +205,8 @@ impl<'a> Resident<'a> {
             }
             if self.vcpu.attention.load(Ordering::SeqCst) {
                 // CPU_ON began a new life, or the vCPU was moved away and back meanwhile: no kick of that is on its way here.
+                // Somebody who sets it again and again keeps the CPU from nobody else: its slice ends here, too.
+                self.reconsider = true;
                 continue;
             }
             if ready {
