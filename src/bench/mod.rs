@@ -98,7 +98,13 @@ fn run_all(stage: &scene::Stage<'_>) -> Result<bool, Refusal> {
     let mut good = true;
     for suite in &stage.params.suites {
         arch::hint_measured();
-        good &= run(*suite, stage)?;
+        if !run(*suite, stage)? {
+            ::log::error!(
+                "suite {}: what it verifies does not hold, see its rows",
+                suite.name()
+            );
+            good = false;
+        }
     }
     Ok(good)
 }

@@ -503,6 +503,13 @@ pub fn precision_name(precision: Precision) -> &'static str {
     name_of(precision, &PRECISIONS)
 }
 
+impl Suite {
+    /// Its name in arguments and results.
+    pub fn name(self) -> &'static str {
+        name_of(self, &SUITES)
+    }
+}
+
 impl Timing {
     /// Its name in results.
     pub fn name(self) -> &'static str {

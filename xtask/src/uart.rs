@@ -129,9 +129,11 @@ impl Transcript {
         }
     }
 
-    /// The first line of a panic if there was one, else the end of what the guest wrote to its console, else the last line.
+    /// The first line of a panic if there was one, else the end of what the guest wrote to its console, else the first error, else
+    /// the last line.
     pub(crate) fn last_words(&self) -> String {
         const MOST: usize = 240;
+        let error = || self.text.iter().find(|line| line.contains(" ERROR "));
         let panic = self.text.iter().find(|line| line.starts_with("PANIC"));
         if panic.is_none() && !self.guest.is_empty() {
             let from = self.guest.len().saturating_sub(MOST);
@@ -140,6 +142,7 @@ impl Transcript {
         }
         let last = || self.text.iter().rev().find(|line| !line.is_empty());
         panic
+            .or_else(error)
             .or_else(last)
             .map_or("it said nothing", String::as_str)
             .to_owned()
@@ -219,6 +222,14 @@ mod tests {
     fn a_run_without_a_status_failed_with_its_last_words() {
         let run = transcript("booting\nPANIC on cpu0 at src/boot.rs:1: no RAM\nregisters\n");
         assert!(run.fault().is_some_and(|fault| fault.contains("no RAM")));
+    }
+
+    #[test]
+    fn an_error_is_told_before_what_came_last() {
+        let console = "[ 1.4 cpu0 ERROR vellum::bench] suite lives: no\n[ 1.5 cpu2 INFO  guest] pass 1 ns\n\
+            {\"vellum\":\"exit\",\"status\":1}\n";
+        let fault = transcript(console).fault();
+        assert!(fault.is_some_and(|fault| fault.contains("suite lives: no")));
     }
 
     #[test]
