@@ -444,7 +444,7 @@ impl Clock {
         if shared.schedule.wake(sleeper, time) {
             self.cpus[sleeper].turn.notify_one();
             if let Some(cpu) = cpu {
-                self.shorten(shared, cpu);
+                self.end_turn(shared, cpu);
             }
             self.dispatch(shared);
         } else if shared.schedule.state(sleeper) == State::Waking {
@@ -452,15 +452,11 @@ impl Clock {
         }
     }
 
-    /// The CPU of this thread may get less far than it was told.
-    fn shorten(&self, shared: &Shared, cpu: usize) {
-        if shared.schedule.state(cpu) != State::Away {
-            return;
-        }
-        let time = self.time(cpu);
-        let end = shared.schedule.horizon(cpu, time);
-        if end < self.cpus[cpu].end.load(Ordering::Relaxed) {
-            self.set(cpu, time, end);
+    /// The CPU of this thread gets no further than this block: others are to be waited for, or may be due before it.
+    fn end_turn(&self, shared: &Shared, cpu: usize) {
+        if shared.schedule.state(cpu) == State::Away {
+            let time = self.time(cpu);
+            self.set(cpu, time, time);
         }
     }
 
@@ -472,10 +468,7 @@ impl Clock {
             self.now.store(shared.schedule.now(), Ordering::Relaxed);
             self.wake_main();
         }
-        if shared.schedule.state(cpu) == State::Away {
-            let time = self.time(cpu);
-            self.set(cpu, time, time);
-        }
+        self.end_turn(&shared, cpu);
     }
 
     /// The main loop has nothing to do for `after` nanoseconds of its clock.

@@ -3,7 +3,8 @@
 //! One CPU has the turn at a time. It is always the awake CPU whose clock is furthest behind, and it may get ahead of the next
 //! one by a quantum. Nothing here depends on how long the host takes for anything, so a run repeats. A CPU that was woken
 //! counts as awake from the moment, on its waker's clock, at which it was: nobody gets further ahead of it than of
-//! the others, however late its thread is.
+//! the others, and nobody gets a turn before its thread has come to wait for one, however late that is. Whether a thread is
+//! stopped on its way or after its first block would be for the host to say otherwise.
 //!
 //! The emulator's main loop takes part: it runs the timers, and is due when every awake CPU has reached its deadline, or at
 //! once, and the clock jumps there, when no CPU is awake.
@@ -209,9 +210,10 @@ impl Schedule {
             .map(|(number, _)| number)
     }
 
-    /// Gives the turn to who is next, if nobody has it.
+    /// Gives the turn to who is next, if nobody has it and nobody's thread is on its way.
     pub(crate) fn next(&mut self) -> Next {
-        if self.turn.is_some() || self.main == Main::Busy {
+        let on_its_way = |cpu: &Cpu| matches!(cpu.state, State::Waking | State::Away);
+        if self.turn.is_some() || self.main == Main::Busy || self.cpus.iter().any(on_its_way) {
             return Next::Nobody;
         }
         match self.first() {
@@ -333,6 +335,33 @@ mod tests {
         assert_eq!(schedule.now(), 1_000_000);
         schedule.wake(1, schedule.now());
         assert_eq!(schedule.time(1), 1_000_000);
+    }
+
+    #[test]
+    fn nobody_has_a_turn_while_a_woken_thread_is_on_its_way() {
+        let mut schedule = two_awake();
+        schedule.sleep(1, 0);
+        assert_eq!(schedule.next(), Next::Cpu(0));
+        schedule.go(0);
+        schedule.wake(1, 300);
+        schedule.park(0, 310);
+        assert_eq!(schedule.next(), Next::Nobody);
+        schedule.go(1);
+        assert_eq!(schedule.next(), Next::Nobody);
+        schedule.park(1, 300);
+        assert_eq!(schedule.next(), Next::Cpu(1));
+    }
+
+    #[test]
+    fn the_main_loop_waits_for_who_was_woken_for_nothing() {
+        let mut schedule = two_awake();
+        schedule.sleep(0, 10);
+        schedule.sleep(1, 20);
+        schedule.main_waits(500);
+        schedule.wake(1, 30);
+        assert_eq!(schedule.next(), Next::Nobody);
+        schedule.sleep(1, 30);
+        assert_eq!(schedule.next(), Next::Main);
     }
 
     #[test]

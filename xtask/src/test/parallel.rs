@@ -9,8 +9,10 @@ use crate::uart::Transcript;
 
 /// By how much private work may differ over numbers of CPUs.
 const FLAT: f64 = 0.02;
-/// By how much runs may differ, with the same quantum or with others.
+/// By how much runs may differ, with other quanta among them.
 const REPEATS: f64 = 0.01;
+/// By how much runs of one quantum may differ.
+const SAME: f64 = 0.0;
 /// By how much twice the vCPUs may take other than twice the time, when all wait for one lock.
 const SERIAL: f64 = 0.1;
 
@@ -118,7 +120,7 @@ fn rows(run: &Transcript) -> Result<Vec<Row>, String> {
 }
 
 /// Every value of that name is in each run what it is in the first.
-fn repeats(runs: &[Transcript], key: &str) -> Verdict {
+fn repeats(runs: &[Transcript], key: &str, tolerance: f64) -> Verdict {
     let Some((first, others)) = runs.split_first() else {
         return Err("nothing ran".into());
     };
@@ -132,7 +134,7 @@ fn repeats(runs: &[Transcript], key: &str) -> Verdict {
                 continue;
             };
             let what = format!("{key}, {}, {} vCPUs, again", row.case, row.param("vcpus"));
-            near(&what, value(&again, key)?, wanted, REPEATS)?;
+            near(&what, value(&again, key)?, wanted, tolerance)?;
         }
     }
     Ok(())
@@ -152,7 +154,7 @@ fn private_is_flat(runs: &[Transcript]) -> Verdict {
             return Err("nothing was invalidated meanwhile".into());
         }
     }
-    repeats(runs, "most_ns")
+    repeats(runs, "most_ns", REPEATS)
 }
 
 fn locks_serialize(runs: &[Transcript]) -> Verdict {
@@ -178,7 +180,7 @@ fn locks_serialize(runs: &[Transcript]) -> Verdict {
             FLAT,
         )?;
     }
-    repeats(runs, "vcpu_ns")
+    repeats(runs, "vcpu_ns", REPEATS)
 }
 
 fn lines_move(runs: &[Transcript]) -> Verdict {
@@ -211,7 +213,7 @@ fn lines_move(runs: &[Transcript]) -> Verdict {
         return Err("nobody stores beside a harvest".into());
     }
     let keys = ["ns_per_add", "vcpu_ns", "clear_ns", "stores_per_ms_beside"];
-    keys.iter().try_for_each(|key| repeats(runs, key))
+    keys.iter().try_for_each(|key| repeats(runs, key, SAME))
 }
 
 fn scales(runs: &[Transcript]) -> Verdict {
