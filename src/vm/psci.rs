@@ -84,6 +84,8 @@ pub fn decode(function: u32, arguments: [u64; 3]) -> Option<Call> {
     } else {
         arguments.map(|argument| argument & 0xffff_ffff)
     };
+    // Parameters of 32 bits stay that in calls of 64: what else is in their registers is not looked at.
+    let word = |argument: u64| argument & 0xffff_ffff;
     Some(match function {
         0x8400_0000 => Call::Version,
         0x8400_0001 | 0xc400_0001 => Call::CpuSuspend,
@@ -95,12 +97,12 @@ pub fn decode(function: u32, arguments: [u64; 3]) -> Option<Call> {
         },
         0x8400_0004 | 0xc400_0004 => Call::AffinityInfo {
             target: first,
-            level: second,
+            level: word(second),
         },
         0x8400_0006 => Call::MigrateInfoType,
         0x8400_0008 => Call::SystemOff,
         0x8400_0009 => Call::SystemReset,
-        0x8400_0012 | 0xc400_0012 => Call::SystemReset2 { kind: first },
+        0x8400_0012 | 0xc400_0012 => Call::SystemReset2 { kind: word(first) },
         0x8400_000a => Call::Features(u32::try_from(first & 0xffff_ffff).ok()?),
         _ => return None,
     })
@@ -212,16 +214,27 @@ mod tests {
     }
 
     #[test]
-    fn a_reset_tells_its_kind_in_both_conventions() {
+    fn a_reset_tells_its_kind_in_32_bits_in_both_conventions() {
         let arguments = [0x1_8000_0001, 0, 0];
         let kind = |function| match decode(function, arguments) {
             Some(Call::SystemReset2 { kind }) => kind,
             other => panic!("{other:?}"),
         };
         assert_eq!(kind(0x8400_0012), 0x8000_0001);
-        assert_eq!(kind(0xc400_0012), 0x1_8000_0001);
-        assert_ne!(kind(0xc400_0012), WARM_RESET);
+        assert_eq!(kind(0xc400_0012), 0x8000_0001);
+        let warm = decode(0xc400_0012, [0x5_0000_0000 | WARM_RESET, 0, 0]);
+        assert_eq!(warm, Some(Call::SystemReset2 { kind: WARM_RESET }));
         assert_eq!(decode(0x8400_0009, arguments), Some(Call::SystemReset));
+    }
+
+    #[test]
+    fn an_affinity_level_has_32_bits() {
+        let asked = decode(0xc400_0004, [0x1_0000_0002, 0x7_0000_0000, 0]);
+        let wanted = Call::AffinityInfo {
+            target: 0x1_0000_0002,
+            level: 0,
+        };
+        assert_eq!(asked, Some(wanted));
     }
 
     #[test]
