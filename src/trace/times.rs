@@ -1,7 +1,8 @@
 //! How long exits take, as a log2 histogram per CPU: stalls are what users of live migration complain about.
 //!
 //! Off by default: measuring costs two reads of the counter per exit, which a count of instructions must not contain.
-//! When on, an exit is measured from its first line of Rust to its last; waiting for work is no part of it.
+//! When on, an exit is measured from its first line of Rust until what it asked for is done. Choosing who runs next, and waiting
+//! for work, are no part of it.
 
 use core::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 

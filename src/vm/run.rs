@@ -5,7 +5,7 @@
 //!
 //! A vCPU that sleeps stays on its CPU while nobody else is ready there, so that a CPU with one vCPU switches nothing. A
 //! CPU with several traps their waits and ends a slice by its EL2 timer (CNTHP); that timer also stands for the timers of vCPUs
-//! that sleep elsewhere than on the CPU. A CPU with one sets neither traps nor timer.
+//! that sleep elsewhere than on the CPU. A CPU with one sets no traps, and its timer for what its guest waits for alone.
 
 use alloc::sync::Arc;
 use core::sync::atomic::{AtomicUsize, Ordering};

@@ -371,6 +371,9 @@ impl Vm {
     /// [`Error::BadEntry`]: never, the entry was good before.
     pub fn reset(&self, host: &Host) -> Result<(), Error> {
         self.stop(host);
+        // First: what is still to be sent changes the UART's line, and how a vCPU ended is still to be said.
+        self.finish_console();
+        *self.uart.lock() = Console::default();
         self.gic_control.store(0, Ordering::Relaxed);
         let gicv3 = self.gic_version() == 3;
         *self.shared.lock() = Shared::new(Routing::new(gicv3, self.vcpus.len()));
@@ -379,8 +382,6 @@ impl Vm {
             vcpu.reset(gicv3, counter);
         }
         self.reasons.lock().fill(None);
-        self.finish_console();
-        *self.uart.lock() = Console::default();
         self.turn_first_on()
     }
 
@@ -406,7 +407,7 @@ impl Vm {
     ///
     /// # Errors
     ///
-    /// Why the VM stopped instead.
+    /// Why the VM stopped instead; no CPU holds any of it any more.
     pub fn wait(&self, vcpu: usize) -> Result<[u64; 4], StopReason> {
         self.awaited.store(vcpu, Ordering::SeqCst);
         let outcome = loop {
@@ -420,6 +421,7 @@ impl Vm {
         };
         self.awaited.store(NOBODY, Ordering::SeqCst);
         if outcome.is_err() {
+            self.wait_until_left();
             self.finish_console();
         }
         outcome
@@ -457,6 +459,10 @@ impl Vm {
     pub fn stop(&self, _host: &Host) {
         self.stopping.store(true, Ordering::SeqCst);
         self.kick_all();
+        self.wait_until_left();
+    }
+
+    fn wait_until_left(&self) {
         while self.held.load(Ordering::Acquire) != 0 {
             run::rest(self.gic);
         }
@@ -499,7 +505,8 @@ impl Vm {
         let this = Arc::into_raw(self);
         // SAFETY: `this` came out of `into_raw` and is given back once.
         unsafe { Arc::decrement_strong_count(this) };
-        // SAFETY: the VM is alive until the controller has seen this very count go.
+        // SAFETY: the VM is alive until the controller has seen this very count go: it destroys none before ([`Self::stop`]), and
+        // lets go of one that has stopped by itself no sooner ([`Self::wait`]).
         let held = unsafe { &(*this).held };
         held.fetch_sub(1, Ordering::AcqRel);
         host::kick(gic, controller);
