@@ -12,7 +12,7 @@
 use core::fmt::{self, Write};
 
 use log::{LevelFilter, Log, Metadata, Record};
-use spin::Mutex;
+use spin::{Mutex, MutexGuard};
 
 use crate::arch;
 use crate::dev::serial::Serial;
@@ -20,6 +20,9 @@ pub use crate::dev::wire::RECORD;
 use crate::dev::wire::{Pace, Wire};
 use crate::sync::padded::Padded;
 use crate::sync::percpu;
+
+/// Longer than a full queue takes at 9600 baud.
+const PATIENCE_S: u64 = 5;
 
 static CONSOLE: Padded<Mutex<Wire<Serial>>> = Padded::new(Mutex::new(Wire::new()));
 
@@ -45,16 +48,24 @@ pub fn line(text: fmt::Arguments<'_>) {
 
 /// As [`line()`], for an epitaph: breaks the lock of a CPU that will not release it any more.
 pub fn last_line(text: fmt::Arguments<'_>) {
-    const PATIENCE: u32 = 1 << 24;
-    for _ in 0..PATIENCE {
-        if let Some(mut wire) = CONSOLE.try_lock() {
-            return wire.line(text);
+    take().line(text);
+}
+
+/// The console, from whoever has it: everybody gives it back within [`PATIENCE_S`], but for a CPU that failed with it.
+fn take() -> MutexGuard<'static, Wire<Serial>> {
+    let deadline = arch::counter() + PATIENCE_S * arch::counter_hz();
+    loop {
+        if let Some(wire) = CONSOLE.try_lock() {
+            return wire;
+        }
+        if arch::counter() > deadline {
+            break;
         }
         arch::yield_now();
     }
     // SAFETY: the machine is being switched off; a line of the lock's holder may be garbled, nothing else.
     unsafe { CONSOLE.force_unlock() };
-    CONSOLE.lock().line(text);
+    CONSOLE.lock()
 }
 
 /// Shares the console with a guest from here on: lines are marked by [`RECORD`], beginning with one that says so.
@@ -93,13 +104,12 @@ pub fn listen(on: bool) {
     }
 }
 
-/// Waits until everything has left the machine.
+/// Waits until everything has left the machine, which is about to be switched off.
 pub fn flush() {
-    if let Some(mut wire) = CONSOLE.try_lock() {
-        wire.drain();
-        if let Some(uart) = &wire.uart {
-            uart.flush();
-        }
+    let mut wire = take();
+    wire.drain();
+    if let Some(uart) = &wire.uart {
+        uart.flush();
     }
 }
 

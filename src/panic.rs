@@ -6,7 +6,7 @@
 
 use core::fmt::{self, Arguments};
 use core::panic::PanicInfo;
-use core::sync::atomic::{AtomicBool, Ordering};
+use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use crate::arch;
 use crate::dev::power;
@@ -18,11 +18,17 @@ pub const PANICKED: u32 = 101;
 /// Exit status after input that cannot be worked with.
 pub const REFUSED: u32 = 2;
 
-/// The CPU that writes the epitaph; others that fail meanwhile say nothing.
-static DYING: AtomicBool = AtomicBool::new(false);
+/// No CPU's affinity.
+const NOBODY: u64 = u64::MAX;
+
+/// The affinity of the CPU that ends the run; others that end it or fail meanwhile say nothing. Blocks of CPUs need EL2.
+static ENDING: AtomicU64 = AtomicU64::new(NOBODY);
+/// How often it has failed.
+static FAILURES: AtomicU32 = AtomicU32::new(0);
 
 /// Ends the run: says `status` and switches the machine off.
 pub fn exit(status: u32) -> ! {
+    claim();
     last_line(format_args!(r#"{{"vellum":"exit","status":{status}}}"#));
     flush();
     power::off()
@@ -39,7 +45,7 @@ pub fn refuse(reason: Arguments<'_>) -> ! {
 
 /// The panic handler.
 pub fn epitaph(info: &PanicInfo<'_>) -> ! {
-    claim();
+    fail();
     match info.location() {
         Some(at) => last_line(format_args!(
             "PANIC on cpu{} at {}:{}: {}",
@@ -60,7 +66,7 @@ pub fn epitaph(info: &PanicInfo<'_>) -> ! {
 
 /// Ends the run because the machine failed in a way that nobody can go on from.
 pub fn give_up(reason: Arguments<'_>) -> ! {
-    claim();
+    fail();
     last_line(format_args!("PANIC on cpu{}: {reason}", percpu::index()));
     last_events();
     exit(PANICKED)
@@ -81,7 +87,7 @@ pub struct Registers {
 extern "C" fn fatal_exception(registers: &Registers, vector: u64) -> ! {
     const KIND: [&str; 4] = ["synchronous exception", "IRQ", "FIQ", "SError"];
     const FROM: [&str; 4] = ["EL2 with SP_EL0", "EL2", "a guest", "a 32-bit guest"];
-    claim();
+    fail();
     let pick = |names: [&'static str; 4], index: u64| {
         names[usize::try_from(index & 3).unwrap_or_default()]
     };
@@ -133,12 +139,24 @@ impl fmt::Display for Row<'_> {
     }
 }
 
-/// Makes this the CPU that writes, or sleeps for ever when another is.
+/// Makes this the CPU that ends the run, or sleeps for ever when another is.
 fn claim() {
-    if DYING.swap(true, Ordering::Relaxed) {
+    let this = arch::affinity();
+    let ending = ENDING.compare_exchange(NOBODY, this, Ordering::Relaxed, Ordering::Relaxed);
+    if ending.is_err_and(|who| who != this) {
         loop {
             arch::wfi();
         }
+    }
+}
+
+/// As [`claim`], before an epitaph. What fails while it is written ends the run without one, and what fails then the machine.
+fn fail() {
+    claim();
+    match FAILURES.fetch_add(1, Ordering::Relaxed) {
+        0 => {}
+        1 => exit(PANICKED),
+        _ => power::off(),
     }
 }
 

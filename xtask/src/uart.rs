@@ -123,10 +123,15 @@ impl Transcript {
             return Some(format!("unreadable record: {line}"));
         }
         match self.status {
+            Some(0) if self.panic().is_some() => Some(self.last_words()),
             Some(0) => None,
             Some(status) => Some(format!("ended with status {status}: {}", self.last_words())),
             None => Some(format!("ended without a status: {}", self.last_words())),
         }
+    }
+
+    fn panic(&self) -> Option<&String> {
+        self.text.iter().find(|line| line.starts_with("PANIC"))
     }
 
     /// The first line of a panic if there was one, else the end of what the guest wrote to its console, else the first error, else
@@ -134,7 +139,7 @@ impl Transcript {
     pub(crate) fn last_words(&self) -> String {
         const MOST: usize = 240;
         let error = || self.text.iter().find(|line| line.contains(" ERROR "));
-        let panic = self.text.iter().find(|line| line.starts_with("PANIC"));
+        let panic = self.panic();
         if panic.is_none() && !self.guest.is_empty() {
             let from = self.guest.len().saturating_sub(MOST);
             let end = self.guest.get(from..).unwrap_or_default();
@@ -222,6 +227,12 @@ mod tests {
     fn a_run_without_a_status_failed_with_its_last_words() {
         let run = transcript("booting\nPANIC on cpu0 at src/boot.rs:1: no RAM\nregisters\n");
         assert!(run.fault().is_some_and(|fault| fault.contains("no RAM")));
+    }
+
+    #[test]
+    fn a_panic_is_a_fault_whatever_the_status() {
+        let run = transcript("PANIC on cpu1: no frame\n{\"vellum\":\"exit\",\"status\":0}\n");
+        assert!(run.fault().is_some_and(|fault| fault.contains("no frame")));
     }
 
     #[test]

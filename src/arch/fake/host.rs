@@ -65,6 +65,11 @@ pub fn syndrome() -> Syndrome {
     Syndrome::default()
 }
 
+/// MPIDR_EL1's affinity fields; the host's threads are all one CPU here.
+pub fn affinity() -> u64 {
+    0
+}
+
 /// Where the image was loaded; the host's is nowhere.
 pub fn image_base() -> u64 {
     0
