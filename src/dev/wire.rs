@@ -7,7 +7,8 @@
 //!
 //! Nobody drowns the others: whoever had a line taken has the next one taken when the first has left ([`Place`]), so each waits
 //! for a line of each other and no more, as long as there are no more writers than lines fit into the queue. A line of the
-//! hypervisor's goes behind what is queued, so that the order is the order of time.
+//! hypervisor's goes behind what is queued, so that the order is the order of time. A guest that has the console to itself
+//! ([`Wire::take_byte`]) comes after all lines; there is one such guest, and then no others that send lines.
 
 use core::fmt::{self, Write};
 
