@@ -67,6 +67,8 @@ pub enum Event {
     RegisterWrites,
     /// Reads and writes of list registers and of their control register (counted in debug builds).
     ListAccesses,
+    /// SErrors that the CPU corrected, or that did no harm, while a guest ran.
+    ErrorsSurvived,
 }
 
 /// Every event with the name it has in results, in the order of their numbers.
@@ -97,10 +99,11 @@ pub const EVENT_NAMES: [(Event, &str); EVENTS] = [
     (Event::SharedLineWrites, "shared_line_writes"),
     (Event::RegisterWrites, "register_writes"),
     (Event::ListAccesses, "list_accesses"),
+    (Event::ErrorsSurvived, "errors_survived"),
 ];
 
 /// Number of [`Event`]s.
-pub const EVENTS: usize = Event::ListAccesses as usize + 1;
+pub const EVENTS: usize = Event::ErrorsSurvived as usize + 1;
 
 /// The counters of one CPU. Only that CPU adds to them.
 #[derive(Debug)]

@@ -370,9 +370,11 @@ impl<'a> Resident<'a> {
         }
     }
 
-    /// Rule 4 of the world switch: one VM where the error is known to be confined to it, the machine otherwise.
+    /// Rule 4 of the world switch: one VM where the error is known to be confined to it, the machine otherwise. Machines mix CPUs:
+    /// what a syndrome means is this one's matter.
     fn on_serror(&self, syndrome: u64) {
-        match serror::judge(syndrome, self.host.features.ras) {
+        match serror::judge(syndrome, &arch::id_registers()) {
+            Loss::Nothing => percpu::count(Event::ErrorsSurvived),
             Loss::Vm => self.halt(StopReason::SError(syndrome)),
             Loss::Machine => panic::give_up(format_args!(
                 "SError (syndrome {syndrome:#x}) that need not be vCPU {}'s alone",

@@ -5,6 +5,7 @@ extern crate std;
 use std::cell::{Cell, RefCell};
 
 use crate::arch::context::{DebugRegisters, El1, Exit, Frame, Stage2Geometry};
+use crate::arch::features::IdRegisters;
 
 /// List registers that there can be.
 const MOST_LIST_REGISTERS: usize = 16;
@@ -58,6 +59,11 @@ pub unsafe fn reload(_el1: &El1) {}
 ///
 /// As on the target.
 pub unsafe fn put(_el1: &mut El1, _idle_vttbr: u64) {}
+
+/// The ID registers of a CPU that has nothing.
+pub fn id_registers() -> IdRegisters {
+    IdRegisters::default()
+}
 
 /// REVIDR_EL1.
 pub fn revidr_el1() -> u64 {
