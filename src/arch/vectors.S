@@ -9,8 +9,9 @@
 //   everything else,    x19-x29, ELR, SPSR, ESR, FAR and HPFAR are saved, too, and guest_enter() returns to its caller
 //   and what those leave
 //
-// No path switches a system register. D, A, I and F are masked from the vector to ERET. ESB defers a pending SError
-// of the guest to DISR_EL1 where there is FEAT_RAS, and is a NOP elsewhere.
+// No path switches a system register. D, A, I and F are masked from the vector to ERET. An SError that is pending then is taken
+// from the guest as soon as ERET is back in it, which EL1 cannot mask (HCR_EL2.AMO); short paths need do nothing for that. The
+// others may be the last of the guest on this CPU: ESB defers it to DISR_EL1 where there is FEAT_RAS, and is a NOP elsewhere.
 
 // --------------------------------------------------------------------------------------------------------------------
 // Exceptions from EL2 itself are fatal. The stack may be what failed, so nothing is pushed before the CPU's emergency
@@ -68,7 +69,6 @@
 
 .macro enter_from_guest mitigation
 .balign 128
-    hint    #16                         // ESB
     stp     x0, x1, [sp]
     mitigate_\mitigation
 .endm
@@ -258,6 +258,7 @@ load:
 save_and_leave:
     save_caller_saved
 leave:
+    hint    #16                         // ESB
     save_kept
     mrs     x1, elr_el2
     mrs     x2, spsr_el2

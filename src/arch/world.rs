@@ -446,7 +446,18 @@ fn forget_virtual_error() {
     }
 }
 
-/// DISR_EL1, cleared: the syndrome of an SError that `ESB` at a guest's exit deferred. `None` without FEAT_RAS.
+/// ISR_EL1.A: whether an SError waits for a guest that it can be taken from. Stores of the guest have had their answers.
+pub fn serror_is_pending() -> bool {
+    const PENDING: u64 = 1 << 8;
+    let pending: u64;
+    // SAFETY: a barrier, and a register whose reading has no effect.
+    unsafe {
+        asm!("dsb sy", "mrs {}, isr_el1", out(reg) pending, options(nostack, preserves_flags))
+    };
+    pending & PENDING != 0
+}
+
+/// DISR_EL1, cleared: the syndrome of an SError that `ESB` deferred when the guest was left. `None` without FEAT_RAS.
 pub fn take_deferred_serror() -> Option<u64> {
     const DEFERRED: u64 = 1 << 31;
     if !has_ras() {

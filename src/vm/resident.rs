@@ -177,7 +177,8 @@ impl<'a> Resident<'a> {
 
     fn run(&mut self) {
         let this = (&raw mut *self).expose_provenance();
-        while self.prepare() {
+        // An SError that is pending when the vCPU is to go is still its guest's, and is taken before any instruction of it.
+        while self.prepare() || arch::serror_is_pending() {
             // SAFETY: this CPU holds the vCPU, and the frame is the first field of this structure, which nothing else
             // uses before the guest has been left.
             let exit = unsafe { arch::enter(with_exposed_provenance_mut::<Frame>(this)) };
@@ -364,7 +365,7 @@ impl<'a> Resident<'a> {
             Exit::SError => self.on_serror(self.frame.esr),
             Exit::Aarch32 => self.halt(StopReason::Aarch32),
         }
-        // Deferred at this exit or at one before that returned at once: never later than the vCPU leaves this CPU.
+        // Deferred when the guest was left. One that is pending since is taken at the next entry.
         if let Some(syndrome) = arch::take_deferred_serror() {
             self.on_serror(syndrome);
         }

@@ -146,6 +146,11 @@ pub fn set_hypervisor_timer(_deadline: Option<u64>) {}
 /// HCR_EL2.{TWI,TWE}: no guest waits here.
 pub fn trap_waits(_trapped: bool) {}
 
+/// No error is ever pending.
+pub fn serror_is_pending() -> bool {
+    false
+}
+
 /// No error is ever deferred.
 pub fn take_deferred_serror() -> Option<u64> {
     None
