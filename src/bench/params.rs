@@ -128,6 +128,8 @@ pub struct Params {
     pub run_ms: u64,
     /// Suite `share`: the last VM floods its console, which is as slow as a UART of so many baud; 0: it computes.
     pub flood_baud: u64,
+    /// Suite `share`: the vCPUs of the last VM interrupt each other without end; otherwise they compute.
+    pub flood_sgis: bool,
     /// Policies of splitting; suites that do not compare them take the first.
     pub splitting: Vec<Policy>,
     /// Break-before-make levels; suites that do not compare them take the first.
@@ -232,6 +234,7 @@ impl Default for Params {
             weights: Vec::from([100, 300]),
             run_ms: 2000,
             flood_baud: 0,
+            flood_sgis: false,
             tick_hz: 1000,
             splitting: Vec::from([Policy::Fault]),
             bbm: Vec::from([Choice::Auto]),
@@ -393,6 +396,7 @@ impl Params {
             "passes" => self.passes = number(key, value, 1, 1 << 20)?,
             "weights" => self.weights = list(value, |word| number(key, word, 1, 1000))?,
             "tick-hz" => self.tick_hz = number(key, value, 1, 100_000)?,
+            "flood-sgis" => self.flood_sgis = named(key, value, &BITS)?,
             "flood-baud" => self.flood_baud = number(key, value, 300, 10_000_000)?,
             "run-ms" => self.run_ms = number(key, value, 1, 100_000)?,
             "pattern" => self.pattern = pattern(key, value)?,
@@ -615,7 +619,7 @@ mod tests {
              splitting=clear,fault-empty bbm=auto,2 bbm-batch=64 chunk=2m pause-us=20 unsafe-bbm=1 seconds=60 \
              engine=swap,auto tracking=fault,dbm epochs=10000 epoch-us=500,2000 access-flag=software precision=imprecise \
              period-us=500 budget=5 passes=3 pattern=1,99 receivers=running guest-mib=96 console=raw boots=4 \
-             beneath=1 mitigations=off flood-baud=9600",
+             beneath=1 mitigations=off flood-baud=9600 flood-sgis=1",
         )
         .unwrap();
         let expected = Params {
@@ -640,6 +644,7 @@ mod tests {
             weights: Vec::from([100, 300]),
             run_ms: 2000,
             flood_baud: 9600,
+            flood_sgis: true,
             tick_hz: 1000,
             splitting: vec![Policy::Clear, Policy::FaultEmpty],
             bbm: vec![Choice::Auto, Choice::Fixed(Bbm::Two)],

@@ -2,7 +2,7 @@
 //!
 //! One VM for each weight named, with as many vCPUs as said, spread over all CPUs but the controller's. Every vCPU runs rounds
 //! of loads and stores and never sleeps. With `flood-baud=` those of the last VM write to its console all the time instead, and
-//! never wait for it; how long exits keep a CPU is measured, too.
+//! never wait for it; with `flood-sgis=1` they send each other SGIs all the time. How long exits keep a CPU is measured, too.
 
 use alloc::vec::Vec;
 
@@ -20,10 +20,6 @@ use super::scene::{Cast, Part, Scene, Stage};
 
 /// One page: after the first round nothing faults.
 const PAGE: Part = Part { first: 0, pages: 1 };
-const FLOOD: Command = Command {
-    op: op::FLOOD,
-    args: [0; 5],
-};
 
 /// Runs them side by side; false when a vCPU got nowhere.
 pub(super) fn run(stage: &Stage<'_>) -> Result<bool, Refusal> {
@@ -47,7 +43,7 @@ pub(super) fn run(stage: &Stage<'_>) -> Result<bool, Refusal> {
         .map(open)
         .collect::<Result<Vec<_>, _>>()?;
     let (flood, computing) = match scenes.split_last() {
-        Some((last, others)) if params.flood_baud > 0 => (Some(last), others),
+        Some((last, others)) if params.flood_baud > 0 || params.flood_sgis => (Some(last), others),
         _ => (None, scenes.as_slice()),
     };
     measure_exits(flood.is_some());
@@ -58,9 +54,14 @@ pub(super) fn run(stage: &Stage<'_>) -> Result<bool, Refusal> {
     }
     if let Some(flood) = flood {
         rest_ms(stage, params.run_ms / 10);
-        log::slow_down(params.flood_baud);
+        if params.flood_baud > 0 {
+            log::slow_down(params.flood_baud);
+        }
         flood.set_stop(0)?;
-        flood.post(|_| FLOOD);
+        flood.post(|_| Command {
+            op: op::FLOOD,
+            args: [params.flood_sgis.into(), 0, 0, 0, 0],
+        });
     }
     let before = all_rounds(&scenes)?;
     rest_ms(stage, params.run_ms);
@@ -90,6 +91,7 @@ pub(super) fn run(stage: &Stage<'_>) -> Result<bool, Refusal> {
             .param("guest_cpus", guest_cpus)
             .param("weight", weight)
             .param("flood_baud", params.flood_baud)
+            .param("flood_sgis", u64::from(params.flood_sgis))
             .value("rounds", sum)
             .value("rounds_least", least)
             .value("rounds_most", rounds.iter().max().copied().unwrap_or(0))

@@ -52,8 +52,9 @@ pub mod op {
     /// part that is stored to and x4 the part that is loaded from, each first page << 32 | pages, going on at the region's
     /// start where it ends. Rounds done are counted in [`super::Area::rounds`]. Result: rounds.
     pub const ROUNDS: u64 = 12;
-    /// Send over the UART, line after line and whether it has room or not, until told to stop. Each line is a round of
-    /// [`super::Area::rounds`]. Result: rounds.
+    /// Until told to stop: x1 zero: send over the UART, line after line and whether it has room or not; else send an SGI to all
+    /// other vCPUs, one after the other, and take what comes. Each line, each SGI, is a round of [`super::Area::rounds`].
+    /// Result: rounds.
     pub const FLOOD: u64 = 22;
     /// Add one to the word at x1, x2 times.
     pub const ADD: u64 = 19;

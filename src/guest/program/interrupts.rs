@@ -71,6 +71,19 @@ fn hold(area: &Area) {
     }
 }
 
+/// SGIs to all others without end, which take them and do the same: see [`vellum::guest::abi::op::FLOOD`].
+pub(super) fn flood(area: &Area) -> Done {
+    let mut rounds = 0;
+    asm::unmask();
+    while area.stop.load(Relaxed) == 0 {
+        gic::broadcast(IPI);
+        rounds += 1;
+        area.rounds.store(rounds, Relaxed);
+    }
+    asm::mask();
+    Done::ok(rounds, 0)
+}
+
 /// As many ticks, each held by its handler until the hypervisor has done what it wants to do meanwhile.
 pub(super) fn held_ticks(rounds: u64) -> Done {
     let area = this_area();

@@ -47,6 +47,7 @@ impl Table<'_> {
             ),
         ];
         cases.push(self.flood());
+        cases.push(self.sgi_flood());
         let rounds = if self.soak { 100_000 } else { 10_000 };
         for (model, gic) in [("max", 3), ("neoverse-n1", 3), ("cortex-a72", 2)] {
             let machine = self.machine(|machine| {
@@ -100,6 +101,24 @@ impl Table<'_> {
         case.boots.extend(case.boots.clone());
         if let Some(flooded) = case.boots.last_mut() {
             flooded.append.push_str(" flood-baud=115200");
+        }
+        case
+    }
+
+    /// Two VMs that compute on two CPUs, and then one that does beside one whose vCPUs interrupt each other without end. On the
+    /// parallel clock: the vCPUs of one that share no CPU run at the same time.
+    fn sgi_flood(&self) -> Case {
+        let machine = self.machine(|machine| {
+            "max".clone_into(&mut machine.cpu);
+            machine.cpus = 3;
+            machine.timing = Timing::Parallel;
+        });
+        let append = "suite=share timing=parallel mib=1 vcpus=2 weights=100,100 run-ms=50";
+        let name = "a VM whose vCPUs interrupt each other without end takes nothing from others";
+        let mut case = self.case(name, machine, append, Expect::Good(sgis_hurt_nobody));
+        case.boots.extend(case.boots.clone());
+        if let Some(flooded) = case.boots.last_mut() {
+            flooded.append.push_str(" flood-sgis=1");
         }
         case
     }
@@ -178,7 +197,8 @@ fn shares_are_fair(transcripts: &[Transcript]) -> Verdict {
 
 /// The first VM computes as much as beside one that computes, too. No exit keeps the CPU for long, where sending a line takes 9 ms;
 /// the other's lines come whole, and what it overran is counted.
-fn flood_hurts_nobody(transcripts: &[Transcript]) -> Verdict {
+/// The first VM gets as far beside the last one's flood, in the second run, as beside its computing, and no exit is long.
+fn first_keeps_its_share(transcripts: &[Transcript]) -> Result<&Transcript, String> {
     const LONGEST_EXIT_NS: f64 = 1e6;
     let [beside_one, beside_flood] = transcripts else {
         return Err("there are two runs, without a flood and with it".to_owned());
@@ -198,6 +218,25 @@ fn flood_hurts_nobody(transcripts: &[Transcript]) -> Verdict {
             long => Err(format!("an exit took {long} ns")),
         }
     })?;
+    Ok(beside_flood)
+}
+
+/// Whoever floods sends more than one SGI while others have its CPUs.
+fn sgis_hurt_nobody(transcripts: &[Transcript]) -> Verdict {
+    const SENT: f64 = 1000.0;
+    let beside_flood = first_keeps_its_share(transcripts)?;
+    match beside_flood
+        .rows
+        .last()
+        .map(|it| value(&row(it), "rounds_least"))
+    {
+        Some(Ok(SENT..)) => Ok(()),
+        other => Err(format!("SGIs of the vCPU that sent least: {other:?}")),
+    }
+}
+
+fn flood_hurts_nobody(transcripts: &[Transcript]) -> Verdict {
+    let beside_flood = first_keeps_its_share(transcripts)?;
     let said = |what: &'static str| {
         beside_flood
             .text
