@@ -274,6 +274,16 @@ impl Accessor for Resident<'_> {
         Self::take_back(self);
     }
 
+    fn release(&mut self) {
+        let mut private = self.vcpu.private.lock();
+        let released = private.holds_untaken()
+            && private.release(vtimer::INTID, arch::virtual_timer_asserted());
+        drop(private);
+        if released {
+            vtimer::deactivate(self.host, self.cpu);
+        }
+    }
+
     /// The other may itself wait until every CPU has seen a new root of the VM.
     fn wait(&mut self) {
         self.vm.stage2.refresh(self.cpu);

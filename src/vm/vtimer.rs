@@ -4,7 +4,7 @@
 //! |---|---|
 //! | the timer fires | EL2 takes it, drops the priority, leaves it active; the model *holds* it |
 //! | the guest deactivates the virtual one | hardware deactivates the physical one, too |
-//! | the line drops before the guest took it | deactivated by EL2 when the list registers are next brought up to date |
+//! | the line drops before the guest took it | deactivated by EL2 when it is next listed, or its pending state is read |
 //! | the vCPU leaves the CPU | deactivated; pending or not follows the line when it is loaded again |
 //! | it comes to a CPU, held | made active there, before the timer is enabled |
 

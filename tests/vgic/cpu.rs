@@ -472,6 +472,14 @@ impl Accessor for By<'_> {
         others.for_each(|vcpu| machine.cpus[vcpu].attention.set(true));
     }
 
+    fn release(&mut self) {
+        let cpu = &mut self.machine.cpus[self.own];
+        let timer = u8::try_from(TIMER).unwrap();
+        if cpu.private.get_mut().release(timer, cpu.timer_line) {
+            cpu.timer_active = false;
+        }
+    }
+
     /// The others run meanwhile; this vCPU's run loop does not.
     fn wait(&mut self) {
         self.machine.waits += 1;

@@ -14,6 +14,7 @@ const GICD_CTLR: u64 = GICD;
 const GICD_SGIR: u64 = GICD + 0xf00;
 const IGROUPR0: u64 = 0x80;
 const ISENABLER0: u64 = 0x100;
+const ICENABLER0: u64 = 0x180;
 const ISPENDR0: u64 = 0x200;
 const ISACTIVER0: u64 = 0x300;
 const ICACTIVER0: u64 = 0x380;
@@ -81,12 +82,27 @@ pub(super) fn priority_mask() -> u64 {
 
 /// SGI `intid` of this vCPU is not active any more, whoever acknowledged it.
 pub(super) fn forget_active(intid: u64) {
-    let frame = if params().gic == 2 {
+    asm::store_word(private_frame() + ICACTIVER0, 1 << intid);
+}
+
+/// Enables private interrupt `intid` of this vCPU, or disables it.
+pub(super) fn set_enabled(intid: u64, enabled: bool) {
+    let register = if enabled { ISENABLER0 } else { ICENABLER0 };
+    asm::store_word(private_frame() + register, 1 << intid);
+}
+
+/// Whether private interrupt `intid` of this vCPU is pending.
+pub(super) fn is_pending(intid: u64) -> bool {
+    asm::load_word(private_frame() + ISPENDR0) >> intid & 1 != 0
+}
+
+/// Where the private interrupts of this vCPU are.
+fn private_frame() -> u64 {
+    if params().gic == 2 {
         GICD
     } else {
         GICR + this_area().index.load(Relaxed) * GICR_STRIDE + SGI_FRAME
-    };
-    asm::store_word(frame + ICACTIVER0, 1 << intid);
+    }
 }
 
 /// Interrupts of priorities less than `mask` are signalled; none with zero.

@@ -118,15 +118,17 @@ fn ticks(area: &Area) -> u64 {
 /// Writes a timer's register.
 type SetTimer = fn(u64);
 
-/// The virtual or the physical timer fires once each time it is set, not early, and wakes WFI; masked and disabled it does not fire.
+/// The virtual or the physical timer fires once each time it is set, not early, and wakes WFI; masked and disabled it does not
+/// fire. While its interrupt is disabled, that one is pending as long as the timer has fired.
 pub(super) fn timer_test(physical: bool) -> Done {
-    let (set_value, set_control): (SetTimer, SetTimer) = if physical {
+    let (intid, set_value, set_control): (u64, SetTimer, SetTimer) = if physical {
         (
+            gic::PHYSICAL_TIMER,
             asm::set_physical_timer_value,
             asm::set_physical_timer_control,
         )
     } else {
-        (asm::set_timer_value, asm::set_timer_control)
+        (gic::TIMER, asm::set_timer_value, asm::set_timer_control)
     };
     let area = this_area();
     let mut failed = 0;
@@ -158,7 +160,15 @@ pub(super) fn timer_test(physical: bool) -> Done {
     if ticks(area) != before {
         failed |= 1 << 8;
     }
-    Done::ok(9, failed)
+    gic::set_enabled(intid, false);
+    for (bit, control, pending) in [(9, TIMER_ON, true), (10, TIMER_OFF, false)] {
+        set_control(control);
+        if !(0..PATIENCE).any(|_| gic::is_pending(intid) == pending) {
+            failed |= 1 << bit;
+        }
+    }
+    gic::set_enabled(intid, true);
+    Done::ok(11, failed)
 }
 
 /// Numbers each IPI in memory, sends it, and waits until its receiver has answered with that number or a later one.

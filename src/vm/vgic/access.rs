@@ -76,6 +76,9 @@ pub trait Accessor {
     fn insist(&self, vcpu: usize);
     /// Takes back what the accessing vCPU has listed.
     fn take_back(&mut self);
+    /// Gives the interrupt that is linked to hardware back if the accessing vCPU has not taken it and its line has dropped.
+    /// Nothing of it is listed.
+    fn release(&mut self);
     /// Passes time while another vCPU takes back.
     fn wait(&mut self);
     /// Whether the guest deactivates interrupts apart from dropping their priority (EOImode).
@@ -282,11 +285,19 @@ fn set_control(it: &mut impl Accessor, value: u32) {
 
 /// What is pending and active of vCPU `of`.
 fn look(it: &mut impl Accessor, of: usize) -> Option<Answer> {
-    if of == it.own() {
+    let own = of == it.own();
+    if own {
         it.take_back();
+        it.release();
     }
     let mut private = it.private(of)?.lock();
     if let Some(found) = private.look() {
+        let may_have_dropped = !own && private.holds_untaken();
+        drop(private);
+        if may_have_dropped {
+            // Not waited for: that vCPU may itself wait for this one, and gives back nothing meanwhile.
+            it.alert(of);
+        }
         return Some(found);
     }
     let last = private.ask();

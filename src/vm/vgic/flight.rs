@@ -107,7 +107,8 @@ impl Holder<'_> {
         home: impl Fn(Target) -> Option<usize>,
         mark: impl Fn(usize),
     ) -> VcpuSet {
-        self.exchange(interface, &home, mark, |_, _| ()).1
+        self.exchange(interface, &home, mark, |models, _| models.private.settle())
+            .1
     }
 
     /// Brings the list registers up to date with the models. Returns what is listed, and vCPUs as above. `wiring` is asked under
@@ -152,7 +153,6 @@ impl Holder<'_> {
         };
         let mut returned = SpiSet::default();
         interface.take_back(|what| models.take_back(what, &mut returned));
-        models.private.settle();
         let shared = models.shared.as_deref();
         let concern = |shared| concern(shared, returned, home, mark);
         let mut others = shared.map(concern).unwrap_or_default();
@@ -216,7 +216,7 @@ impl Models<'_> {
         }
     }
 
-    /// Decides what to list and takes it out of the models. `is_home` knows which targets mean this vCPU, `groups` which groups
+    /// Answers who asked, decides what to list and takes it out of the models. `is_home` knows which targets mean this vCPU, `groups` which groups
     /// the guest lets its CPU interface signal; that is asked only if not everything fits. Also returns whether any shared
     /// interrupt is in flight for it.
     pub fn list(
@@ -227,7 +227,8 @@ impl Models<'_> {
     ) -> (Listing, bool) {
         // In one place: it is large, and each exit that changes what is listed comes here.
         let mut listing = Listing::new(wiring.lists, self.private.turn, Groups::BOTH);
-        listing.release = self.private.release(wiring);
+        listing.release = self.private.release(wiring.linked.0, wiring.asserted);
+        self.private.settle();
         let any = self.offer(wiring, &is_home, &mut listing);
         if listing.leaves_any() {
             listing.start_over(groups());

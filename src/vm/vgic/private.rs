@@ -23,7 +23,8 @@
 //!
 //! The virtual timer's physical interrupt stays active from the moment EL2 takes it until the guest deactivates its
 //! virtual twin, which hardware then does for both. `Private::held` records that. Undelivered and no longer asserted
-//! it is given back ([`Private::release`]), so the physical active state never leaks.
+//! it is given back ([`Private::release`]), so the physical active state never leaks. Nobody is told when the line drops:
+//! its vCPU looks at it whenever it lists, and before it reads what is pending; another that reads has it look.
 
 use super::listing::Listing;
 use super::lists::{Entry, State};
@@ -238,13 +239,18 @@ impl Private {
         self.held = 0;
     }
 
-    /// Gives a held interrupt back that the guest is not handling and whose line has dropped. True: its physical twin has
-    /// to be deactivated.
-    pub fn release(&mut self, wiring: &Wiring) -> bool {
-        let linked = bit(wiring.linked.0);
-        let release = self.held & linked & !self.active != 0 && !wiring.asserted;
+    /// Whether EL2 holds the physical twin of an interrupt that the guest is not handling. Its line may have dropped since: its
+    /// vCPU finds that out when it next looks.
+    pub fn holds_untaken(&self) -> bool {
+        self.held & !self.active & !self.listed != 0
+    }
+
+    /// Gives `linked` back if it is held, the guest is not handling it and its line has dropped. True: its physical twin has to
+    /// be deactivated.
+    pub fn release(&mut self, linked: u8, asserted: bool) -> bool {
+        let release = self.held & bit(linked) & !self.active & !self.listed != 0 && !asserted;
         if release {
-            self.held &= !linked;
+            self.held &= !bit(linked);
         }
         release
     }
