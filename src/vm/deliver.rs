@@ -12,10 +12,10 @@ use crate::arch;
 use crate::vm::resident::Resident;
 use crate::vm::vcpu::Vcpu;
 use crate::vm::vgic::access::Accessor;
-use crate::vm::vgic::distributor::index_of;
 use crate::vm::vgic::flight::{Holder, SpiSet, VcpuSet, concern};
+use crate::vm::vgic::homes::Homes;
 use crate::vm::vgic::private::{Private, Wiring};
-use crate::vm::vgic::shared::{Routing, Shared, Target};
+use crate::vm::vgic::shared::{Routing, Shared};
 use crate::vm::vgic::state::{VcpuState, VmState};
 use crate::vm::vm::Vm;
 use crate::vm::vtimer;
@@ -55,10 +55,11 @@ impl Vm {
     }
 
     fn concern(&self, shared: &Shared, intids: impl Iterator<Item = u16>) -> VcpuSet {
+        let homes = self.homes();
         concern(
             shared,
             intids,
-            |target| self.home_of(target),
+            |target| homes.of(target),
             |vcpu| self.mark(vcpu),
         )
     }
@@ -114,23 +115,13 @@ impl Vm {
         }
     }
 
-    /// The one vCPU that `target` means now: of several the first that is on, or the first if none is.
-    pub(crate) fn home_of(&self, target: Target) -> Option<usize> {
-        let bits = match target {
-            Target::Home(vcpu) => return Some(vcpu),
-            Target::Affinity(affinity) => {
-                return index_of(affinity).filter(|index| *index < self.vcpus().len());
-            }
-            Target::OneOf(bits) => u128::from(bits),
-            Target::Any => u128::MAX,
-        };
-        let mut candidates = (0..)
-            .zip(self.vcpus())
-            .filter(|(bit, _)| bits >> bit & 1 != 0);
-        let first = candidates.next()?;
-        let on = |(_, vcpu): &(u32, &Vcpu)| vcpu.is_on();
-        let chosen = core::iter::once(first).chain(candidates).find(on);
-        Some(chosen.unwrap_or(first).1.index)
+    /// Whom targets mean, while the lock of the shared interrupts is held.
+    fn homes(&self) -> Homes<impl Fn(usize) -> bool> {
+        Homes::new(self.vcpus().len(), |vcpu| self.is_on(vcpu))
+    }
+
+    fn is_on(&self, vcpu: usize) -> bool {
+        self.vcpus().get(vcpu).is_some_and(Vcpu::is_on)
     }
 }
 
@@ -147,8 +138,8 @@ impl<'a> Resident<'a> {
 
     /// As [`Self::take_back`], of a vCPU that leaves its CPU.
     pub(crate) fn take_back_listed(&mut self) {
-        let (vm, holder) = (self.vm, self.holder());
-        let home = |target| vm.home_of(target);
+        let (vm, homes, holder) = (self.vm, self.vm.homes(), self.holder());
+        let home = |target| homes.of(target);
         let others = holder.take_back(&mut self.interface, home, |vcpu| vm.mark(vcpu));
         others.for_each(|vcpu| self.alert(vcpu));
     }
@@ -160,6 +151,7 @@ impl<'a> Resident<'a> {
             return;
         }
         let (vm, host, holder) = (self.vm, self.host, self.holder());
+        let homes = vm.homes();
         let lists = self.interface.lists();
         let wiring = || {
             let control = vm.gic_control.load(Ordering::Relaxed);
@@ -174,7 +166,7 @@ impl<'a> Resident<'a> {
         let (listing, others) = holder.relist(
             &mut self.interface,
             wiring,
-            |target| vm.home_of(target),
+            |target| homes.of(target),
             |vcpu| vm.mark(vcpu),
         );
         self.deliverable = listing.has_pending();
@@ -245,8 +237,8 @@ impl Accessor for Resident<'_> {
         &self.vm.shared
     }
 
-    fn home(&self, target: Target) -> Option<usize> {
-        self.vm.home_of(target)
+    fn is_on(&self, vcpu: usize) -> bool {
+        self.vm.is_on(vcpu)
     }
 
     fn mark(&self, vcpu: usize) {

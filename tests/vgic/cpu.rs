@@ -9,12 +9,12 @@ use vellum::addr::Pa;
 use vellum::arch;
 use vellum::dev::mmio::Registers;
 use vellum::vm::vgic::access::Accessor;
-use vellum::vm::vgic::distributor::index_of;
 use vellum::vm::vgic::flight::{Holder, SpiSet, concern};
+use vellum::vm::vgic::homes::Homes;
 use vellum::vm::vgic::interface::{Access, Interface, Saved};
 use vellum::vm::vgic::lists::{Entry, Format, State};
 use vellum::vm::vgic::private::{Private, Wiring};
-use vellum::vm::vgic::shared::{Routing, Shared, Target};
+use vellum::vm::vgic::shared::{Routing, Shared};
 
 /// The virtual timer's PPI, linked to this physical one.
 pub(crate) const TIMER: u16 = 27;
@@ -64,7 +64,10 @@ pub(crate) struct Machine {
     current: usize,
     /// So many more times, what is asked of a vCPU reaches nobody.
     pub(crate) lost: Cell<usize>,
-    waits: usize,
+    /// How often somebody waited for others.
+    pub(crate) waits: usize,
+    /// How often a vCPU was asked whether it is on.
+    pub(crate) asked: Cell<usize>,
 }
 
 /// A vCPU of a machine that accesses registers.
@@ -113,6 +116,7 @@ impl Machine {
             current: 0,
             lost: Cell::new(0),
             waits: 0,
+            asked: Cell::new(0),
         }
     }
 
@@ -297,7 +301,8 @@ impl Machine {
     fn relist(&mut self, index: usize) {
         self.switch(index);
         let control = *self.control.get_mut();
-        let (cpus, shared, on) = (&mut self.cpus, &self.shared, &self.on);
+        let (cpus, shared) = (&mut self.cpus, &self.shared);
+        let homes = homes(&self.on, &self.asked);
         let cpu = &mut cpus[index];
         cpu.attention.set(false);
         cpu.updates += 1;
@@ -318,7 +323,7 @@ impl Machine {
         let (listing, others) = holder.relist(
             &mut cpu.interface,
             || wiring,
-            |target| home(target, on),
+            |target| homes.of(target),
             |vcpu| marked.lock().push(vcpu),
         );
         if listing.release {
@@ -338,11 +343,11 @@ impl Machine {
 
     /// Changes a shared interrupt as a device does.
     pub(crate) fn change(&mut self, intid: u16, change: impl FnOnce(&mut Shared) -> bool) {
-        let on = &self.on;
+        let homes = homes(&self.on, &self.asked);
         let shared = self.shared.get_mut();
         if change(shared) {
             let marked = Mutex::new(Vec::new());
-            let home = |target| home(target, on);
+            let home = |target| homes.of(target);
             let ids = intid..intid + 1;
             let set = concern(shared, ids, home, |vcpu| marked.lock().push(vcpu));
             self.marked(marked.into_inner());
@@ -357,10 +362,11 @@ impl Machine {
             self.by(vcpu).take_back();
         }
         let marked = Mutex::new(Vec::new());
+        let homes = homes(&self.on, &self.asked);
         let set = concern(
             self.shared.get_mut(),
             SpiSet::all(),
-            |target| home(target, &self.on),
+            |target| homes.of(target),
             |vcpu| marked.lock().push(vcpu),
         );
         self.marked(marked.into_inner());
@@ -382,18 +388,12 @@ impl By<'_> {
     }
 }
 
-/// Of several the first that is on is the one, or the first if none is.
-fn home(target: Target, on: &[bool]) -> Option<usize> {
-    let of_several = |bits: u8| {
-        let candidates = || (0..on.len()).filter(|vcpu| bits >> vcpu & 1 != 0);
-        candidates().find(|vcpu| on[*vcpu]).or(candidates().next())
-    };
-    match target {
-        Target::Home(vcpu) => Some(vcpu),
-        Target::Affinity(affinity) => index_of(affinity).filter(|index| *index < on.len()),
-        Target::OneOf(bits) => of_several(bits),
-        Target::Any => of_several(u8::MAX),
-    }
+/// Whom targets mean, and how many vCPUs were asked for that.
+fn homes<'a>(on: &'a [bool], asked: &'a Cell<usize>) -> Homes<impl Fn(usize) -> bool> {
+    Homes::new(on.len(), |vcpu| {
+        asked.set(asked.get() + 1);
+        on[vcpu]
+    })
 }
 
 /// The hypervisor's registers of a GICv2, in memory.
@@ -431,8 +431,9 @@ impl Accessor for By<'_> {
         &self.machine.shared
     }
 
-    fn home(&self, target: Target) -> Option<usize> {
-        home(target, &self.machine.on)
+    fn is_on(&self, vcpu: usize) -> bool {
+        self.machine.asked.set(self.machine.asked.get() + 1);
+        self.machine.on[vcpu]
     }
 
     fn mark(&self, vcpu: usize) {
@@ -453,7 +454,7 @@ impl Accessor for By<'_> {
     fn take_back(&mut self) {
         let machine = &mut *self.machine;
         machine.switch(self.own);
-        let on = &machine.on;
+        let homes = homes(&machine.on, &machine.asked);
         let cpu = &mut machine.cpus[self.own];
         let holder = Holder {
             index: self.own,
@@ -464,7 +465,7 @@ impl Accessor for By<'_> {
         let marked = Mutex::new(Vec::new());
         let others = holder.take_back(
             &mut cpu.interface,
-            |target| home(target, on),
+            |target| homes.of(target),
             |vcpu| marked.lock().push(vcpu),
         );
         cpu.attention.set(true);

@@ -598,6 +598,35 @@ fn a_timer_that_was_turned_off_is_not_pending() {
     }
 }
 
+/// All SPIs are pending and for any vCPU, and only the last of many is on: no step asks a vCPU more than once whether it is on.
+#[test]
+fn interrupts_for_any_vcpu_ask_each_once() {
+    let mut machine = Machine::new(true, 123, 4, false);
+    for vcpu in 0..122 {
+        machine.set_power(vcpu, false);
+    }
+    let mut write = |offset, bytes, value| {
+        let before = machine.asked.get();
+        access::write(
+            &mut machine.by(122),
+            Frame::DistributorV3,
+            offset,
+            bytes,
+            value,
+        );
+        assert!(machine.asked.get() - before <= 123, "write at {offset:#x}");
+        let (before, updates) = (machine.asked.get(), machine.cpus[122].updates);
+        machine.run_loops();
+        let updates = machine.cpus[122].updates - updates;
+        assert!(machine.asked.get() - before <= 123 * updates);
+    };
+    (32..128).for_each(|intid| write(0x6000 + 8 * intid, 8, 1 << 31));
+    (1..4).for_each(|word| write(0x200 + 4 * word, 4, u64::from(u32::MAX)));
+    write(0, 4, 3);
+    (1..4).for_each(|word| write(0x100 + 4 * word, 4, u64::from(u32::MAX)));
+    assert!(machine.acknowledge(122, 0).is_some());
+}
+
 /// Who waits for what another has listed asks again: it does not depend on one word that may be lost.
 #[test]
 fn a_word_that_is_lost_hangs_nobody() {

@@ -25,6 +25,7 @@ use spin::Mutex;
 
 use super::distributor::{self, Receivers, Register};
 use super::flight::{VcpuSet, concern};
+use super::homes::Homes;
 use super::private::{Answer, Private};
 use super::registers::{ICENABLER, ICFGR0, IPRIORITYR, ISACTIVER, ISPENDR};
 use super::shared::{FIRST, Seen, Shared, Target};
@@ -66,8 +67,8 @@ pub trait Accessor {
     fn private(&self, vcpu: usize) -> Option<&Mutex<Private>>;
     /// The shared ones.
     fn shared(&self) -> &Mutex<Shared>;
-    /// The vCPU that `target` means.
-    fn home(&self, target: Target) -> Option<usize>;
+    /// Whether `vcpu` is on.
+    fn is_on(&self, vcpu: usize) -> bool;
     /// A shared interrupt may be for `vcpu`.
     fn mark(&self, vcpu: usize);
     /// Makes `vcpu` bring its list registers up to date: the accessing one before it goes on, another at once.
@@ -252,20 +253,22 @@ fn write_private(it: &mut impl Accessor, offset: u64, of: usize, value: u32, lan
 }
 
 fn write_shared(it: &mut impl Accessor, offset: u64, value: u32, lanes: u32) {
-    let mut shared = it.shared().lock();
-    shared.write(offset, value, lanes, |target| it.home(target));
-    let intids = shared_registers::interrupts(offset, shared.routing());
-    let concerned = concern(
-        &shared,
-        intids,
-        |target| it.home(target),
-        |vcpu| it.mark(vcpu),
-    );
-    drop(shared);
+    let concerned = {
+        let homes = homes(it);
+        let home = |target| homes.of(target);
+        let mut shared = it.shared().lock();
+        shared.write(offset, value, lanes, home);
+        let intids = shared_registers::interrupts(offset, shared.routing());
+        concern(&shared, intids, home, |vcpu| it.mark(vcpu))
+    };
     concerned.for_each(|vcpu| it.alert(vcpu));
     if (ICENABLER..ISPENDR).contains(&offset) {
         look_shared(it, offset);
     }
+}
+
+fn homes(it: &impl Accessor) -> Homes<impl Fn(usize) -> bool> {
+    Homes::new(it.vcpus(), |vcpu| it.is_on(vcpu))
 }
 
 fn set_control(it: &mut impl Accessor, value: u32) {
@@ -418,10 +421,16 @@ pub fn deactivate(it: &mut impl Accessor, intid: u32) {
             it.alert(it.own());
         }
         _ => {
+            let homes = homes(it);
             let mut shared = it.shared().lock();
             shared.deactivate(intid);
             let ids = core::iter::once(intid);
-            let concerned = concern(&shared, ids, |target| it.home(target), |vcpu| it.mark(vcpu));
+            let concerned = concern(
+                &shared,
+                ids,
+                |target| homes.of(target),
+                |vcpu| it.mark(vcpu),
+            );
             drop(shared);
             concerned.for_each(|vcpu| it.alert(vcpu));
         }

@@ -21,6 +21,7 @@
 pub mod access;
 pub mod distributor;
 pub mod flight;
+pub mod homes;
 pub mod interface;
 pub mod listing;
 pub mod lists;
