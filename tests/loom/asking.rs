@@ -1,7 +1,7 @@
 //! A vCPU asks what another has in its list registers, which makes that one take its interrupts back and answer; or it
 //! disables a group, which does the same. Whoever waits is answered, and once a group is off none of it is listed.
 //!
-//! The interrupts and their questions are the shipped `Private`, behind a lock of loom's; the flag, the kick and the order of
+//! The interrupts and their questions are the shipped `Private` and `Shared`, behind a lock of loom's; the flag, the kick and the order of
 //! steps are those of `vgic::access`, `Vm::alert` and `Resident::relist`, written again.
 
 use loom::sync::{Arc, Mutex};
@@ -11,6 +11,7 @@ use vellum::vm::vgic::flight::Models;
 use vellum::vm::vgic::listing::Groups;
 use vellum::vm::vgic::lists::{Entry, State};
 use vellum::vm::vgic::private::{Private, Wiring};
+use vellum::vm::vgic::shared::{Routing, Shared};
 
 use crate::check;
 
@@ -138,6 +139,16 @@ impl World {
     }
 }
 
+fn wiring(control: u64) -> Wiring {
+    Wiring {
+        group0_enabled: false,
+        group1_enabled: control & GROUP1 != 0,
+        linked: (27, 27),
+        asserted: false,
+        lists: 4,
+    }
+}
+
 impl Interrupts {
     fn take_back(&mut self) {
         for entry in core::mem::take(&mut self.listed) {
@@ -147,19 +158,12 @@ impl Interrupts {
     }
 
     fn list(&mut self, control: u64) {
-        let wiring = Wiring {
-            group0_enabled: false,
-            group1_enabled: control & GROUP1 != 0,
-            linked: (27, 27),
-            asserted: false,
-            lists: 4,
-        };
         let mut models = Models {
             home: 0,
             private: &mut self.model,
             shared: None,
         };
-        let listing = models.list(&wiring, |_| false, || Groups::BOTH).0;
+        let listing = models.list(&wiring(control), |_| false, || Groups::BOTH).0;
         self.listed = listing.listed().copied().collect();
         assert!(!self.is_off || self.listed.is_empty(), "it is off");
     }
@@ -167,6 +171,87 @@ impl Interrupts {
     fn answered(&mut self) {
         self.is_off |= self.disables;
     }
+}
+
+/// One vCPU's shared interrupts: SPI 33, an edge that it never takes.
+struct Spis {
+    model: Shared,
+    listed: Vec<Entry>,
+}
+
+impl Spis {
+    fn exchange(&mut self) {
+        for entry in core::mem::take(&mut self.listed) {
+            self.model.take_back(&entry, Some(State::Pending));
+        }
+        let mut private = Private::new(true);
+        let mut models = Models {
+            home: 0,
+            private: &mut private,
+            shared: Some(&mut self.model),
+        };
+        let listing = models.list(&wiring(GROUP1), |_| true, || Groups::BOTH).0;
+        self.listed = listing.listed().copied().collect();
+    }
+}
+
+/// Two look at shared interrupts that a vCPU has listed, one of them again and again: the other is answered though the first asks
+/// once more before it polls.
+fn look_at_shared_ones(broken: Broken) {
+    check(move || {
+        let mut model = Shared::new(Routing::Affinity);
+        model.write(0x104, 1 << 1, u32::MAX, |_| None);
+        model.write(0xc08, 1 << 3, u32::MAX, |_| None);
+        model.pulse(33);
+        let mut spis = Spis {
+            model,
+            listed: Vec::new(),
+        };
+        spis.exchange();
+        let world = Arc::new((Mutex::new(spis), AtomicU64::new(0), AtomicU64::new(0)));
+        let alert = |(_, attention, kicked): &(_, AtomicU64, AtomicU64)| {
+            if attention.swap(1, Ordering::SeqCst) == 0 {
+                kicked.swap(1, Ordering::SeqCst);
+            }
+        };
+        let run = |(spis, attention, kicked): &(Mutex<Spis>, AtomicU64, AtomicU64)| {
+            if kicked.swap(0, Ordering::SeqCst) == 0 {
+                return false;
+            }
+            if attention.swap(0, Ordering::SeqCst) != 0 {
+                spis.lock().unwrap().exchange();
+            }
+            true
+        };
+        let cpu = {
+            let world = Arc::clone(&world);
+            thread::spawn(move || {
+                run(&world);
+                run(&world);
+            })
+        };
+        let other = {
+            let world = Arc::clone(&world);
+            thread::spawn(move || {
+                world.0.lock().unwrap().model.ask(0);
+                alert(&world);
+            })
+        };
+        if broken == Broken::AlertFirst {
+            alert(&world);
+        }
+        let seen = world.0.lock().unwrap().model.ask(0);
+        if broken != Broken::AlertFirst {
+            alert(&world);
+        }
+        cpu.join().unwrap();
+        other.join().unwrap();
+        while run(&world) {}
+        let mut spis = world.0.lock().unwrap();
+        spis.model.ask(0);
+        let found = spis.model.found(0, seen).expect("nobody answers");
+        assert_eq!((found.pending, found.active), (1 << 1, 0));
+    });
 }
 
 /// One looks at what is listed while another sends an SGI, and the vCPU is interrupted at any time.
@@ -240,6 +325,17 @@ fn bad_a_question_behind_its_kick_waits_for_ever() {
 #[should_panic = "nobody answers"]
 fn bad_a_flag_cleared_behind_the_look_loses_a_question() {
     look_at_a_running_vcpu(Broken::FlagLast);
+}
+
+#[test]
+fn good_who_asks_for_shared_ones_is_answered() {
+    look_at_shared_ones(Broken::Nothing);
+}
+
+#[test]
+#[should_panic = "nobody answers"]
+fn bad_a_question_for_shared_ones_behind_its_kick_waits_for_ever() {
+    look_at_shared_ones(Broken::AlertFirst);
 }
 
 #[test]

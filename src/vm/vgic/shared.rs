@@ -58,6 +58,8 @@ pub enum Target {
 pub struct Seen {
     /// Of these, it is not known yet.
     pub asked: u32,
+    /// Which question that is.
+    number: u64,
     /// What ISPENDR reads.
     pub pending: u32,
     /// What ISACTIVER reads.
@@ -95,6 +97,10 @@ pub struct Shared {
     asked: [u32; WORDS],
     /// Of those that somebody waited for, which were pending and which active.
     found: [(u32, u32); WORDS],
+    /// How many questions there were.
+    questions: u64,
+    /// Of each SPI that somebody waited for, how many there were when it last came back.
+    answered: [u64; COUNT],
 }
 
 impl Shared {
@@ -116,6 +122,8 @@ impl Shared {
             later: [Later::NONE; WORDS],
             asked: [0; WORDS],
             found: [(0, 0); WORDS],
+            questions: 0,
+            answered: [0; COUNT],
         }
     }
 
@@ -212,6 +220,9 @@ impl Shared {
             return;
         }
         place.set(&mut self.asked, false);
+        if let Some(answered) = self.answered.get_mut(place.index()) {
+            *answered = self.questions;
+        }
         let (pending, active) = (self.is_pending(place), place.get(&self.active));
         if let Some(found) = self.found.get_mut(place.word) {
             let set =
@@ -221,11 +232,13 @@ impl Shared {
     }
 
     /// What is pending and active of a word. Those SPIs of it that are listed are asked for: their homes are to take them back,
-    /// and [`Self::found`] then completes what was seen.
+    /// and [`Self::found`] then completes what was seen. It has come back once, however often others ask for it again.
     pub fn ask(&mut self, word: usize) -> Seen {
+        self.questions += 1;
         let of = |words: &[u32; WORDS]| words.get(word).copied().unwrap_or(0);
         let seen = Seen {
             asked: of(&self.listed),
+            number: self.questions,
             pending: self.all_pending(word),
             active: of(&self.active),
         };
@@ -238,10 +251,11 @@ impl Shared {
     /// Completes what was `seen` of a word. `None`: not everything that was asked for has come back.
     pub fn found(&self, word: usize, seen: Seen) -> Option<Seen> {
         let found = self.found.get(word).copied().unwrap_or_default();
-        let missing = self.asked.get(word).copied().unwrap_or(0) & seen.asked;
+        let answered = |bit| Place { word, bit }.of_each(&self.answered) >= seen.number;
         let complete = |found: u32, seen_then: u32| found & seen.asked | seen_then & !seen.asked;
-        (missing == 0).then(|| Seen {
+        Bits(seen.asked).all(answered).then(|| Seen {
             asked: 0,
+            number: seen.number,
             pending: complete(found.0, seen.pending),
             active: complete(found.1, seen.active),
         })
@@ -546,6 +560,24 @@ mod tests {
         assert_eq!(shared.read(0x204), 1 << 1 | 1 << 8);
         shared.write(0x284, u32::MAX, u32::MAX, |_| None);
         assert_eq!(shared.read(0x204), 1 << 1, "a level cannot be cleared");
+    }
+
+    #[test]
+    fn who_asks_is_answered_however_often_others_ask_again() {
+        let mut shared = enabled();
+        shared.set_line(33, true);
+        shared.pulse(40);
+        let listed = list(&mut shared, 0);
+        let first = shared.ask(0);
+        assert_eq!(first.asked, 1 << 1 | 1 << 8);
+        shared.take_back(&listed[0], Some(State::Active));
+        assert_eq!(shared.found(0, first), None, "one is still listed");
+        shared.take_back(&listed[1], Some(State::Pending));
+        list(&mut shared, 0);
+        let second = shared.ask(0);
+        let found = shared.found(0, first).expect("all have come back");
+        assert_eq!((found.pending, found.active), (1 << 1 | 1 << 8, 1 << 1));
+        assert_eq!(shared.found(0, second), None, "none has come back since");
     }
 
     #[test]
