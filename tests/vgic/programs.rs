@@ -627,6 +627,49 @@ fn interrupts_for_any_vcpu_ask_each_once() {
     assert!(machine.acknowledge(122, 0).is_some());
 }
 
+/// Every vCPU handles an interrupt, its own or a shared one, and has it listed all the while: who turns a group off asks all of
+/// them, and waits for all of them at once.
+#[test]
+fn who_turns_a_group_off_waits_for_all_at_once() {
+    for (gicv3, vcpus) in [(false, 8), (true, 16)] {
+        let mut machine = Machine::new(gicv3, vcpus, 4, false);
+        let write = |machine: &mut Machine, by, (frame, offset), bytes, value| {
+            access::write(&mut machine.by(by), frame, offset, bytes, value);
+            machine.run_loops();
+        };
+        let shared = if gicv3 {
+            Frame::DistributorV3
+        } else {
+            Frame::DistributorV2
+        };
+        write(&mut machine, 0, (shared, 0), 4, 3);
+        for (vcpu, spi) in (0..vcpus).zip([None, Some(40), None, Some(100)].into_iter().cycle()) {
+            let intid = spi.map_or(20, |spi| spi + vcpu as u64);
+            let (word, bit) = (intid / 32 * 4, 1 << (intid % 32));
+            let (private, routes, bytes, route) = if gicv3 {
+                let private = (Frame::Redistributor(vcpu), 0x1_0100);
+                (private, 0x6000 + 8 * intid, 8, vcpu as u64)
+            } else {
+                ((shared, 0x100), 0x800 + intid, 1, 1 << vcpu)
+            };
+            if spi.is_some() {
+                write(&mut machine, vcpu, (shared, routes), bytes, route);
+                write(&mut machine, vcpu, (shared, 0x100 + word), 4, bit);
+                write(&mut machine, vcpu, (shared, 0x200 + word), 4, bit);
+            } else {
+                write(&mut machine, vcpu, private, 4, bit);
+                machine.set_private_line(vcpu, 20, true);
+                machine.run_loops();
+            }
+            let taken = machine.acknowledge(vcpu, 0).map(|taken| u64::from(taken.0));
+            assert_eq!(taken, Some(intid), "{gicv3} {vcpu}");
+        }
+        let before = machine.waits;
+        write(&mut machine, 0, (shared, 0), 4, 0);
+        assert_eq!(machine.waits - before, 1, "{gicv3}");
+    }
+}
+
 /// Who waits for what another has listed asks again: it does not depend on one word that may be lost.
 #[test]
 fn a_word_that_is_lost_hangs_nobody() {

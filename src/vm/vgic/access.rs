@@ -28,7 +28,7 @@ use super::flight::{VcpuSet, concern};
 use super::homes::Homes;
 use super::private::{Answer, Private};
 use super::registers::{ICENABLER, ICFGR0, IPRIORITYR, ISACTIVER, ISPENDR};
-use super::shared::{FIRST, Seen, Shared, Target};
+use super::shared::{FIRST, Seen, Shared, Target, WORDS};
 use super::shared_registers;
 
 /// GICD_CTLR: EnableGrp0 and EnableGrp1.
@@ -273,16 +273,41 @@ fn homes(it: &impl Accessor) -> Homes<impl Fn(usize) -> bool> {
 
 fn set_control(it: &mut impl Accessor, value: u32) {
     let before = it.control().swap(value & GROUPS, Ordering::Relaxed);
+    if before & !value != 0 {
+        return withdraw(it);
+    }
     for vcpu in 0..it.vcpus() {
         it.alert(vcpu);
     }
-    if before & !value != 0 {
-        for vcpu in 0..it.vcpus() {
-            look(it, vcpu);
+}
+
+/// A group is off now: waits until every vCPU has taken back what it listed before. All are asked before the first is waited for.
+#[inline(never)]
+fn withdraw(it: &mut impl Accessor) {
+    it.take_back();
+    let mut last = [None; VcpuSet::MOST];
+    for (vcpu, last) in (0..it.vcpus()).zip(&mut last) {
+        let private = it.private(vcpu).map(Mutex::lock);
+        *last = private.and_then(|mut private| match private.look() {
+            Some(_) => None,
+            None => Some(private.ask().number),
+        });
+    }
+    let words = (1..=shared_registers::WORDS_OF_SPIS).map(|word| ISPENDR + 4 * word);
+    let mut questions = [None; WORDS];
+    for (offset, question) in words.zip(&mut questions) {
+        *question = Question::ask(it, offset);
+    }
+    for vcpu in 0..it.vcpus() {
+        it.alert(vcpu);
+    }
+    for (vcpu, last) in (0..).zip(last) {
+        if let Some(last) = last {
+            await_answer(it, vcpu, last);
         }
-        for word in 1..=shared_registers::WORDS_OF_SPIS {
-            look_shared(it, ISPENDR + 4 * word);
-        }
+    }
+    for question in questions.into_iter().flatten() {
+        question.await_answer(it);
     }
 }
 
@@ -303,22 +328,28 @@ fn look(it: &mut impl Accessor, of: usize) -> Option<Answer> {
         }
         return Some(found);
     }
-    let last = private.ask();
+    let last = private.ask().number;
     drop(private);
     it.take_back();
     it.alert(of);
+    await_answer(it, of, last)
+}
+
+/// The answer of vCPU `of`, which has been asked and alerted, behind the one of number `last`.
+fn await_answer(it: &mut impl Accessor, of: usize, last: u32) -> Option<Answer> {
     let mut polls = 0_u32;
     loop {
+        let private = it.private(of)?.lock();
+        let answer = private.answer();
+        let new = Some(answer).filter(|answer| answer.number != last);
+        if let Some(found) = new.or_else(|| private.look()) {
+            return Some(found);
+        }
+        drop(private);
         it.wait();
         polls = polls.wrapping_add(1);
         if polls.is_multiple_of(POLLS) {
             it.insist(of);
-        }
-        let private = it.private(of)?.lock();
-        let answer = private.answer();
-        let new = Some(answer).filter(|answer| answer.number != last.number);
-        if let Some(found) = new.or_else(|| private.look()) {
-            return Some(found);
         }
     }
 }
@@ -326,25 +357,44 @@ fn look(it: &mut impl Accessor, of: usize) -> Option<Answer> {
 /// What is pending and active of the word of SPIs that the register at `offset` is of.
 fn look_shared(it: &mut impl Accessor, offset: u64) -> Option<Seen> {
     it.take_back();
-    let word = shared_registers::word_of(offset)?;
-    let mut shared = it.shared().lock();
-    let seen = shared.ask(word);
-    let concerned = holders(&shared, offset);
-    drop(shared);
-    if seen.asked == 0 {
-        return Some(seen);
+    let question = Question::ask(it, offset)?;
+    question.concerned.for_each(|vcpu| it.alert(vcpu));
+    Some(question.await_answer(it))
+}
+
+/// A word of SPIs that was asked for, and who has some of them listed.
+#[derive(Clone, Copy)]
+struct Question {
+    word: usize,
+    seen: Seen,
+    concerned: VcpuSet,
+}
+
+impl Question {
+    /// Asks for the word that the register at `offset` is of. Who is concerned is to be alerted.
+    fn ask(it: &impl Accessor, offset: u64) -> Option<Self> {
+        let word = shared_registers::word_of(offset)?;
+        let mut shared = it.shared().lock();
+        Some(Self {
+            word,
+            seen: shared.ask(word),
+            concerned: holders(&shared, offset),
+        })
     }
-    concerned.for_each(|vcpu| it.alert(vcpu));
-    let mut polls = 0_u32;
-    loop {
-        it.wait();
-        polls = polls.wrapping_add(1);
-        if polls.is_multiple_of(POLLS) {
-            concerned.for_each(|vcpu| it.insist(vcpu));
-        }
-        let found = it.shared().lock().found(word, seen);
-        if found.is_some() {
-            return found;
+
+    /// What was seen, completed by what comes back.
+    fn await_answer(self, it: &mut impl Accessor) -> Seen {
+        let mut polls = 0_u32;
+        loop {
+            let found = it.shared().lock().found(self.word, self.seen);
+            if let Some(found) = found {
+                return found;
+            }
+            it.wait();
+            polls = polls.wrapping_add(1);
+            if polls.is_multiple_of(POLLS) {
+                self.concerned.for_each(|vcpu| it.insist(vcpu));
+            }
         }
     }
 }

@@ -46,6 +46,9 @@ impl Iterator for SpiSet {
 pub struct VcpuSet(u128);
 
 impl VcpuSet {
+    /// No vCPU has a higher number than below this.
+    pub const MOST: usize = 128;
+
     /// Adds `vcpu`.
     pub fn add(&mut self, vcpu: usize) {
         self.0 |= 1_u128.unbounded_shl(u32::try_from(vcpu).unwrap_or(u32::MAX));
