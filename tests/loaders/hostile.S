@@ -1,5 +1,5 @@
 // A boot loader with the worst manners that the boot protocol allows: it fills RAM and every EL2 register it may write
-// with garbage, and only then starts the image. What is not set by the image itself shows.
+// with garbage, leaves interrupts acknowledged that it never ends, and only then starts the image. What is not set by the image itself shows.
 //
 // The test patches the four words after the header: where the image is, where it ends, where the RAM that is filled ends, and
 // where an initial RAM disk begins, which stays as it is.
@@ -134,7 +134,30 @@ begin:
     spoil   s3_4_c12_c9_0               // ICH_AP1R0_EL2
     mov     x10, #3
     msr     s3_4_c12_c11_0, x10         // ICH_HCR_EL2: on, with a maintenance interrupt
+    // Interrupts that were acknowledged and never ended, of either group, and whose end is one step.
+    mov     x10, #0xf
+    msr     s3_4_c12_c9_5, x10          // ICC_SRE_EL2
+    spoil   s3_0_c12_c8_4               // ICC_AP0R0_EL1
+    spoil   s3_0_c12_c9_0               // ICC_AP1R0_EL1
+    spoil   s3_0_c12_c8_3               // ICC_BPR0_EL1
+    spoil   s3_0_c12_c12_3              // ICC_BPR1_EL1
+    msr     s3_0_c12_c12_4, xzr         // ICC_CTLR_EL1
+    msr     s3_0_c4_c6_0, xzr           // ICC_PMR_EL1
+    mov     x10, #1
+    msr     s3_0_c12_c12_6, x10         // ICC_IGRPEN0_EL1
+    msr     s3_0_c12_c12_7, x10         // ICC_IGRPEN1_EL1
     spoil   s3_4_c12_c9_5               // ICC_SRE_EL2
+    // The same at the registers of virt's GICv2; with GICv3 there are none. Shared interrupts are pending and active with both.
+    constant x10, 0x08010000            // GICC
+    .irp    apr, 0xd0, 0xd4, 0xd8, 0xdc, 0xe0, 0xe4, 0xe8, 0xec
+    str     w9, [x10, #\apr]
+    .endr
+    constant x10, 0x08000000            // GICD
+    mov     w12, #-1
+    .irp    word, 4, 8, 12, 16
+    str     w12, [x10, #0x200 + \word]  // GICD_ISPENDR
+    str     w12, [x10, #0x300 + \word]  // GICD_ISACTIVER
+    .endr
     mov     x10, #1
     msr     cnthp_ctl_el2, x10          // every timer rings
     msr     cntv_ctl_el0, x10

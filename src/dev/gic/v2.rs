@@ -32,6 +32,8 @@ const GICC_PMR: usize = 0x04;
 const GICC_BPR: usize = 0x08;
 const GICC_IAR: usize = 0x0c;
 const GICC_EOIR: usize = 0x10;
+const GICC_APR: usize = 0xd0;
+const GICC_NSAPR: usize = 0xe0;
 const GICC_DIR: usize = 0x1000;
 
 const GICH_HCR: usize = 0x000;
@@ -104,6 +106,12 @@ impl Gic {
             slot.store(self.own_target(), Ordering::Release);
         }
         self.rest_virtual_interface();
+        self.cpu_interface.write(GICC_CTLR, 0);
+        // What was acknowledged and never ended keeps its priority active, and nothing less urgent is signalled.
+        for register in 0..4 {
+            self.cpu_interface.write(GICC_APR + 4 * register, 0);
+            self.cpu_interface.write(GICC_NSAPR + 4 * register, 0);
+        }
         self.cpu_interface.write(GICC_PMR, 0xff);
         self.cpu_interface.write(GICC_BPR, 0);
         self.cpu_interface.write(GICC_CTLR, ENABLE_SPLIT_END);
@@ -220,7 +228,10 @@ impl Gic {
 mod tests {
     use spin::Once;
 
-    use super::{GICC_IAR, GICD_ICACTIVER, GICD_ISACTIVER, Gic};
+    use super::{
+        ENABLE_SPLIT_END, GICC_APR, GICC_CTLR, GICC_IAR, GICC_NSAPR, GICD_ICACTIVER,
+        GICD_ISACTIVER, Gic,
+    };
     use crate::addr::Pa;
     use crate::dev::mmio::Registers;
     use crate::dev::posted::{Device, Done};
@@ -236,6 +247,21 @@ mod tests {
             hypervisor_interface: registers,
             own: Default::default(),
             targets: Once::new(),
+        }
+    }
+
+    #[test]
+    fn no_priority_stays_active_that_was_before() {
+        let device = Device::plug(0, |_, _, _| ());
+        controller().init_cpu(0, &[]);
+        let done = device.take_done();
+        let at = |wanted| done.iter().position(|it| *it == wanted);
+        let enabled = at(Done::Write(GICC_CTLR, ENABLE_SPLIT_END));
+        for register in (0..16).step_by(4) {
+            for first in [GICC_APR, GICC_NSAPR] {
+                let forgotten = at(Done::Write(first + register, 0));
+                assert!(forgotten.is_some() && forgotten < enabled);
+            }
         }
     }
 

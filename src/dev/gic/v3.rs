@@ -31,7 +31,10 @@ const GICR_ISACTIVER0: usize = 0x1_0300;
 const GICR_ICACTIVER0: usize = 0x1_0380;
 
 /// Registers of the distributor.
+const GICD_TYPER: usize = 0x0004;
 const GICD_ISENABLER: usize = 0x0100;
+const GICD_ICPENDR: usize = 0x0280;
+const GICD_ICACTIVER: usize = 0x0380;
 const GICD_IROUTER: usize = 0x6000;
 /// GICD_IROUTER: affinities, without the bit that means any CPU.
 const AFFINITIES: u64 = 0xff_00ff_ffff;
@@ -87,6 +90,7 @@ impl Gic {
         gicd.configure_default_settings();
         // SAFETY: the caller vouches for the device; `arm-gic`'s driver of it ends here.
         let distributor = unsafe { Registers::new(distributor) };
+        forget_shared(distributor);
         Ok(Self {
             distributor,
             found,
@@ -201,6 +205,15 @@ impl Gic {
     }
 }
 
+/// No shared interrupt is pending or active: whoever acknowledged one before does not end it any more.
+fn forget_shared(distributor: Registers) {
+    let lines = (distributor.read(GICD_TYPER) & 0x1f) as usize + 1;
+    for word in 1..lines {
+        distributor.write(GICD_ICPENDR + 4 * word, !0);
+        distributor.write(GICD_ICACTIVER + 4 * word, !0);
+    }
+}
+
 /// ICC_SGI1R_EL1 for one CPU: Aff3 63:48 (of which 8 are used), range selector 47:44, Aff2 39:32, INTID 27:24, Aff1
 /// 23:16, one of sixteen CPUs 15:0.
 const fn sgi_value(affinity: u64, sgi: u32) -> u64 {
@@ -250,7 +263,10 @@ unsafe fn walk_region(region: &Range<Pa>, found: &mut Vec<Cpu>) {
 mod tests {
     use spin::Once;
 
-    use super::{Cpu, GICR_ICACTIVER0, GICR_ISACTIVER0, Gic, sgi_value};
+    use super::{
+        Cpu, GICD_ICACTIVER, GICD_ICPENDR, GICD_TYPER, GICR_ICACTIVER0, GICR_ISACTIVER0, Gic,
+        forget_shared, sgi_value,
+    };
     use crate::addr::Pa;
     use crate::dev::mmio::Registers;
     use crate::dev::posted::{Device, Done};
@@ -296,6 +312,24 @@ mod tests {
         gic.set_active(0, 27, true);
         gic.set_active(0, 27, false);
         assert_eq!(redistributor.change(|_| ()), 0);
+    }
+
+    #[test]
+    fn no_shared_interrupt_stays_active_that_was_before() {
+        let distributor = Device::plug(2, |_, _, _| ());
+        // SAFETY: while a fake device is plugged in, nothing is at any address.
+        forget_shared(unsafe { Registers::new(Pa::new(0)) });
+        let all = |register: usize| Done::Write(register, !0);
+        assert_eq!(
+            distributor.take_done(),
+            [
+                Done::Read(GICD_TYPER),
+                all(GICD_ICPENDR + 4),
+                all(GICD_ICACTIVER + 4),
+                all(GICD_ICPENDR + 8),
+                all(GICD_ICACTIVER + 8),
+            ]
+        );
     }
 
     #[test]
