@@ -95,7 +95,7 @@ impl Vm {
             vcpu.parked.lock().interface = state.interface;
             // Whoever holds it next finds out what is in flight.
             vcpu.spis.store(true, Ordering::Relaxed);
-            vcpu.attention.store(true, Ordering::Relaxed);
+            vcpu.look_again();
         }
         true
     }
@@ -133,7 +133,7 @@ impl<'a> Resident<'a> {
             return;
         }
         self.take_back_listed();
-        self.vcpu.attention.store(true, Ordering::Relaxed);
+        self.vcpu.look_again();
     }
 
     /// As [`Self::take_back`], of a vCPU that leaves its CPU.

@@ -107,7 +107,7 @@ impl<'a> Resident<'a> {
         if parked.debug.is_in_use() {
             debug_for(&parked.debug);
         }
-        vcpu.attention.store(true, Ordering::Relaxed);
+        vcpu.look_again();
         arch::trap_waits(run::is_shared(cpu.0));
         vcpu.set_held_by(Some(cpu.0));
         Self {
@@ -248,7 +248,7 @@ impl<'a> Resident<'a> {
     pub(crate) fn settle_physical_timer(&mut self) {
         let asserted = self.timer.settle(arch::counter());
         if self.vcpu.private.lock().set_line(ptimer::INTID, asserted) {
-            self.vcpu.attention.store(true, Ordering::Relaxed);
+            self.vcpu.look_again();
         }
         if let Some(tick) = self.timer.changes_at() {
             run::set_alarm(self.cpu.0, Some(tick), self.slice_end);
@@ -321,7 +321,7 @@ impl<'a> Resident<'a> {
     fn reset(&mut self, frame: Frame) {
         self.take_back_listed();
         self.interface = Interface::load(Access::of(self.host.gic), &Saved::default());
-        self.vcpu.attention.store(true, Ordering::Relaxed);
+        self.vcpu.look_again();
         self.frame = frame;
         self.asleep = None;
         self.timer = PhysicalTimer::default();
@@ -434,7 +434,7 @@ impl<'a> Resident<'a> {
             // deactivated: that has to be known first, or it would look like the end of this one.
             self.take_back();
             vtimer::fired(&mut self.vcpu.private.lock());
-            self.vcpu.attention.store(true, Ordering::Relaxed);
+            self.vcpu.look_again();
             return;
         }
         if intid == interrupts.maintenance {

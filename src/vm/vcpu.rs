@@ -154,6 +154,12 @@ impl Vcpu {
         !self.attention.swap(true, Ordering::SeqCst)
     }
 
+    /// As [`Self::demand_attention`], by the holder itself or while there is none: no kick. A plain store would hide from it what
+    /// others wrote before a demand that it overwrites.
+    pub(crate) fn look_again(&self) {
+        self.attention.swap(true, Ordering::AcqRel);
+    }
+
     /// Takes CPU_ON's request, if there is one: the registers to begin with.
     pub(crate) fn begin(&self) -> Option<Frame> {
         let mut power = self.power.lock();

@@ -3,7 +3,7 @@
 //! The flag is `Vcpu::attention`, the place `Vcpu::cpu`; who wakes writes the flag and then reads the place, who moves writes the
 //! place and then kicks the CPU that was there, and a CPU that finds the vCPU belongs elsewhere hands it on and kicks there. A CPU
 //! that keeps it looks at the flag, at the place, and at the flag once more: what was set in between may have kicked a CPU that
-//! never got the vCPU.
+//! never got the vCPU. The CPU that has it sets the flag, too (`Vcpu::look_again`), maybe over what another has just set.
 
 use loom::sync::Arc;
 use loom::sync::Mutex;
@@ -39,6 +39,8 @@ enum Broken {
     SilentHandOver,
     /// A CPU that keeps the vCPU does not look at the flag again after the place.
     LooksOnce,
+    /// The CPU that has the vCPU sets the flag by a plain store.
+    PlainStore,
 }
 
 impl World {
@@ -145,6 +147,43 @@ fn wake_against_move(moves: &'static [u64], broken: Broken) {
         let asked = world.asked.load(Ordering::Relaxed);
         assert_eq!(world.seen.load(Ordering::Relaxed), asked, "it sleeps on");
     });
+}
+
+/// One wakes, and the CPU that has the vCPU sets the flag itself and looks; then it looks whenever it was kicked and the flag is
+/// set.
+fn wake_against_own_demand(broken: Broken) {
+    check(move || {
+        let world = World::new();
+        let waker = {
+            let world = Arc::clone(&world);
+            thread::spawn(move || world.alert(broken))
+        };
+        if broken == Broken::PlainStore {
+            world.attention.store(1, Ordering::Relaxed);
+        } else {
+            world.attention.swap(1, Ordering::AcqRel);
+        }
+        world.attention.swap(0, Ordering::AcqRel);
+        let mut seen = world.asked.load(Ordering::Relaxed);
+        waker.join().unwrap();
+        while world.kicked[0].swap(0, Ordering::SeqCst) != 0 {
+            if world.attention.swap(0, Ordering::AcqRel) != 0 {
+                seen = world.asked.load(Ordering::Relaxed);
+            }
+        }
+        assert_eq!(seen, world.asked.load(Ordering::Relaxed), "it sleeps on");
+    });
+}
+
+#[test]
+fn good_a_vcpu_that_wakes_itself_sees_what_others_woke_it_for() {
+    wake_against_own_demand(Broken::Nothing);
+}
+
+#[test]
+#[should_panic = "it sleeps on"]
+fn bad_a_plain_store_over_a_demand_hides_what_it_was_for() {
+    wake_against_own_demand(Broken::PlainStore);
 }
 
 #[test]

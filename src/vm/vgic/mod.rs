@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`private`], [`registers`] | the state of one vCPU's interrupts, a pure model, and its registers |
 //! | [`shared`], [`shared_registers`] | the same of the interrupts that all vCPUs share |
+//! | [`homes`] | which vCPU a shared interrupt is for |
 //! | [`flight`], [`listing`] | what goes to the list registers and comes back; which interrupts get one |
 //! | [`lists`] | the two formats of list registers |
 //! | [`distributor`] | which register an access to a frame names, who gets an SGI |
