@@ -456,8 +456,9 @@ fn send_to(it: &impl Accessor, vcpu: usize, intid: u8, group1: Option<bool>) {
 /// register any more, and the CPU interface would only count it. With EOImode 0 it does nothing.
 ///
 /// A GICv3 CPU whose ICC_DIR_EL1 cannot be trapped by itself (ICH_VTR_EL2.TDS is 0: Cortex-A72 and others of its time) sends only
-/// GICC_DIR here. There the CPU interface ends what the vCPU itself has listed, and an SPI that another vCPU took stays
-/// active. Guests that choose EOImode 0, as Linux does at EL1, never write the register.
+/// GICC_DIR here. There the CPU interface ends what the vCPU itself has listed and counts the others, without their numbers: an
+/// SPI that another vCPU took stays active, and with more active interrupts than list registers the most urgent of those that are
+/// not listed is ended, whichever the guest named. Guests that choose EOImode 0, as Linux does at EL1, never write the register.
 pub fn deactivate(it: &mut impl Accessor, intid: u32) {
     let Some(intid) = u16::try_from(intid).ok().filter(|_| it.deactivates()) else {
         return;

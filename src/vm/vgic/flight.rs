@@ -196,8 +196,9 @@ impl Models<'_> {
         }
     }
 
-    /// The guest has ended an interrupt that is not listed. In EOImode 0, where alone it does so unseen, that is the most
-    /// urgent of those that are active.
+    /// The guest has ended an interrupt that is not listed. In EOImode 0 that is the most urgent of those that are active. In
+    /// EOImode 1 it says which by ICC_DIR_EL1 or GICC_DIR, which trap, so nothing is counted; but where ICC_DIR_EL1 cannot trap
+    /// by itself ([`access::deactivate`](super::access::deactivate)) this may end another interrupt than the guest named.
     fn end_most_urgent(&mut self, returned: &mut SpiSet) {
         let private = self.private.most_urgent_active();
         let shared = self.shared.as_deref();
