@@ -173,9 +173,7 @@ impl Interface {
             return;
         }
         self.in_use = false;
-        if matches!(self.access, Access::V3) {
-            arch::ich_settle();
-        }
+        self.settle();
         if self.active_left {
             let ended = self.hcr() >> HCR_EOI_COUNT & 0x1f;
             each(Returned::Unlisted(u32::try_from(ended).unwrap_or(0)));
@@ -201,9 +199,7 @@ impl Interface {
         if entry.intid >= SGIS || self.hcr != self.always {
             return None;
         }
-        if matches!(self.access, Access::V3) {
-            arch::ich_settle();
-        }
+        self.settle();
         note_access();
         let left = match self.access {
             Access::V3 => arch::ich_lr(0),
@@ -245,6 +241,17 @@ impl Interface {
         }
         self.hcr = hcr;
         self.active_left = listing.active_left;
+    }
+
+    /// Waits until the list registers show what the guest did with its interrupts. GICv2 has nothing to wait for: GICV, to which
+    /// the guest writes, and GICH are frames of one peripheral, and stage 2 leaves the guest no weaker type for its frame than the
+    /// Device-nGnRE of the other, so what it wrote arrives before what is read here (Arm ARM, Device memory, Reordering); what is
+    /// written here arrives before what it reads.
+    #[inline]
+    fn settle(&self) {
+        if matches!(self.access, Access::V3) {
+            arch::ich_settle();
+        }
     }
 
     fn format(&self) -> Format {
