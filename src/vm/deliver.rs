@@ -64,8 +64,12 @@ impl Vm {
         )
     }
 
-    /// The state of its interrupt controller; `None` while vCPUs are on CPUs.
+    /// The state of its interrupt controller; `None` unless the VM is stopped. A vCPU that no CPU has loaded is not enough: one
+    /// that is on a queue may be loaded at any time.
     pub fn save_interrupts(&self) -> Option<VmState> {
+        if self.vcpus().iter().any(|vcpu| vcpu.cpu().is_some()) {
+            return None;
+        }
         let of_vcpu = |vcpu: &Vcpu| {
             let interface = vcpu.parked.try_lock()?.interface;
             let private = vcpu.private.lock().save()?;
@@ -79,8 +83,8 @@ impl Vm {
         })
     }
 
-    /// Replaces the state of its interrupt controller. False, and nothing has happened: vCPUs are on CPUs, or `state` is one of
-    /// another kind of VM.
+    /// Replaces the state of its interrupt controller. False, and nothing has happened: the VM is not stopped, or `state` is one
+    /// of another kind of VM. Who calls this is who starts VMs.
     pub fn restore_interrupts(&self, state: &VmState) -> bool {
         let (gicv3, vcpus) = (self.gic_version() == 3, self.vcpus().len());
         if state.gicv3 != gicv3 || state.vcpus.len() != vcpus || self.save_interrupts().is_none() {
@@ -92,7 +96,7 @@ impl Vm {
         *self.shared.lock() = Shared::restored(&state.shared, routing, vcpus);
         for (vcpu, state) in self.vcpus().iter().zip(&state.vcpus) {
             *vcpu.private.lock() = Private::restored(&state.private, gicv3, vtimer::INTID);
-            vcpu.parked.lock().interface = state.interface;
+            vcpu.parked.lock().interface = state.interface.restored(gicv3);
             // Whoever holds it next finds out what is in flight.
             vcpu.spis.store(true, Ordering::Relaxed);
             vcpu.look_again();

@@ -1,9 +1,10 @@
 //! The short paths: what the vectors call with x19 to x29 of the guest still in place.
 //!
 //! A stage-2 abort that the MMU resolves, an access to an emulated device, an SGI sent and an interrupt taken return from here
-//! straight to the guest. Nothing is allocated, and nothing waited for but the locks of the MMU and of the device, which are held
-//! for a moment only: what a device sends out is left to others where somebody else has the wire
-//! ([`console`](crate::vm::console)). Whatever is rare leaves the guest for the run loop.
+//! straight to the guest. Nothing is allocated. Nothing is waited for but the locks of the MMU and of the device, which are held
+//! for a moment only, and siblings that have interrupts listed which the guest looks at or turns off: their CPUs take these back
+//! at once, and whoever waits has none listed ([`access`](crate::vm::vgic::access)). What a device sends out is left to others
+//! where somebody else has the wire ([`console`](crate::vm::console)). Whatever is rare leaves the guest for the run loop.
 
 use crate::addr::{Ipa, PAGE_BYTES, Va};
 use crate::arch;

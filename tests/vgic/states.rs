@@ -1,5 +1,6 @@
 //! Saving and restoring.
 
+use vellum::vm::vgic::interface::Saved;
 use vellum::vm::vgic::private::Private;
 use vellum::vm::vgic::shared::{Routing, Shared};
 
@@ -65,4 +66,26 @@ fn what_no_guest_could_have_brought_about_is_made_harmless() {
     shared.route = [u32::MAX; 96];
     let state = Shared::restored(&shared, routing, 3).save().unwrap();
     assert_eq!((state.home, state.route), ([0; 96], [7; 96]));
+    let saved = Saved {
+        vmcr: u64::MAX,
+        active_priorities: [u64::MAX; 8],
+    };
+    let (v2, v3) = (saved.restored(false), saved.restored(true));
+    assert_eq!((v2.vmcr, v3.vmcr), (0xf8fc_021f, 0xfffc_021b));
+    let bits = 0xffff_ffff;
+    assert_eq!(v2.active_priorities, [bits, 0, 0, 0, 0, 0, 0, 0]);
+    assert_eq!(
+        v3.active_priorities,
+        [bits, bits, bits, bits, 0, 0, 0, 0],
+        "none in both groups"
+    );
+}
+
+#[test]
+fn a_cpu_interface_that_a_guest_has_brought_about_is_restored_exactly() {
+    let saved = Saved {
+        vmcr: 0xf84c_0213,
+        active_priorities: [1 << 20, 0, 0, 0, 1 << 31 | 1 << 2, 0, 0, 0],
+    };
+    assert_eq!(saved.restored(true), saved);
 }

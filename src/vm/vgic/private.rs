@@ -14,7 +14,8 @@
 //!
 //! PPIs are level-sensitive, and ICFGR1 says so: pending while the device asserts its line, or from a write to ISPENDR
 //! until the guest takes it. A listed one asks for maintenance when the guest ends it, so that a line that is still
-//! asserted makes it pending again.
+//! asserted makes it pending again. The one that is linked to hardware is pending when EL2 has taken its physical twin, and
+//! not while it is active, whatever its line does: that twin comes again.
 //!
 //! On GICv2 an SGI is pending once for each sender. A list register names one sender, and a number may be listed once
 //! (IHI 0048B, 5.2.3), so the senders take turns: the next is listed when the guest has ended the one before.

@@ -113,6 +113,28 @@ impl Private {
     }
 }
 
+/// ICH_VMCR_EL2: VPMR, VBPR0, VBPR1, VEOIM, VCBPR, VFIQEn, VENG1 and VENG0.
+const VMCR_V3: u64 = 0xfffc_021b;
+/// GICH_VMCR: VMPriMask, VMBP, VMABP, VEM, VMCBPR, VMFIQEn, VMAckCtl and the groups' enables.
+const VMCR_V2: u64 = 0xf8fc_021f;
+
+impl Saved {
+    /// What `self` says, on GICv3 or GICv2: bits that exist, and no priority active in both groups, which is UNPREDICTABLE
+    /// (IHI 0069H, ICH_AP0R<n>_EL2 and ICH_AP1R<n>_EL2).
+    pub fn restored(&self, gicv3: bool) -> Self {
+        let [a0, a1, a2, a3, b0, b1, b2, b3] = self.active_priorities;
+        let active_priorities = if gicv3 {
+            [a0, a1, a2, a3, b0 & !a0, b1 & !a1, b2 & !a2, b3 & !a3]
+        } else {
+            [a0, 0, 0, 0, 0, 0, 0, 0]
+        };
+        Self {
+            vmcr: self.vmcr & if gicv3 { VMCR_V3 } else { VMCR_V2 },
+            active_priorities: active_priorities.map(|it| it & u64::from(u32::MAX)),
+        }
+    }
+}
+
 impl Shared {
     /// The state; `None` while interrupts are listed.
     pub fn save(&self) -> Option<SharedState> {
