@@ -142,6 +142,11 @@ pub fn write_control_registers(features: &Features, idle_vttbr: u64) {
     table! {
         if true => {
             "tcr_el1" = shielded.value;
+        }
+    }
+    isb();
+    table! {
+        if true => {
             "sctlr_el1" = SCTLR_EL1_RES1 | SCTLR_EL1::M::Enable.value;
         }
     }

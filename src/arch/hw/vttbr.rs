@@ -5,11 +5,16 @@
 //! space and the stage-1 MMU is on, because then no walk starts. Hence the order of every change of VTTBR_EL2:
 //!
 //! ```text
-//! TCR_EL1.{EPD0,EPD1} = 1 ; SCTLR_EL1.M = 1 ; ISB ; VTTBR_EL2 = new ; ISB ; (rest of the context) ; SCTLR_EL1 ; ISB ; TCR_EL1
+//! TCR_EL1.{EPD0,EPD1} = 1 ; ISB ; SCTLR_EL1.M = 1 ; ISB ; VTTBR_EL2 = new ; ISB
+//! (rest of the context) ; ISB ; SCTLR_EL1 ; ISB ; TCR_EL1
 //! ```
 //!
-//! It is followed on every CPU: it costs ten instructions off the hot paths. A CPU that holds no vCPU keeps the first
-//! two values, so loading a vCPU needs no [`shield_stage1`] of its own.
+//! Each `ISB` is needed: without it two direct writes may take effect in either order, and a guest that left its MMU off would
+//! have it on, with tables that are none, before walks are forbidden. The kin: Cortex-A57 (1319537), A55 (1530923), A76 and
+//! Neoverse N1 (1165522).
+//!
+//! It is followed on every CPU: it costs eleven instructions off the hot paths. A CPU that holds no vCPU keeps the first
+//! two values, so loading a vCPU needs no [`shield_stage1`] before VTTBR_EL2.
 
 use aarch64_cpu::registers::{ReadWriteable, Readable, SCTLR_EL1, TCR_EL1, VTTBR_EL2, Writeable};
 
@@ -26,6 +31,7 @@ pub fn vttbr() -> u64 {
 pub fn shield_stage1() {
     note_register_writes(2);
     TCR_EL1.modify(TCR_EL1::EPD0::DisableTTBR0Walks + TCR_EL1::EPD1::DisableTTBR1Walks);
+    isb();
     SCTLR_EL1.modify(SCTLR_EL1::M::Enable);
     isb();
 }
