@@ -80,7 +80,7 @@ macro_rules! table {
     )*};
 }
 
-/// HCR_EL2 for every guest: what no VM chooses. The same on all CPUs, so `features` are the weakest's.
+/// HCR_EL2 for every guest: what no VM chooses. The same on all CPUs, so `features` are the weakest's, but for FEAT_RAS.
 fn hcr(features: &Features) -> u64 {
     let always = HCR_EL2::RW::EL1IsAarch64
         + HCR_EL2::VM::Enable
@@ -96,11 +96,13 @@ fn hcr(features: &Features) -> u64 {
     always.value | inner | HCR_TRAPS | HCR_TLOR | pauth | fwb | errors
 }
 
-/// Adapts this CPU, which holds no vCPU, to what the `weakest` CPU can do.
+/// Adapts this CPU, which holds no vCPU, to what the `weakest` CPU can do. Error records and external aborts are this CPU's own:
+/// where others have no FEAT_RAS, no guest may touch the records of one that has.
 pub fn level_with(weakest: &Features) {
+    let Features { ras, .. } = Features::new(&id_registers());
     table! {
         if true => {
-            "hcr_el2" = hcr(weakest);
+            "hcr_el2" = hcr(&Features { ras, ..*weakest });
         }
     }
     isb();
