@@ -15,8 +15,9 @@ const PSTATE_EL1T: u64 = 0b0100;
 const PSTATE_AARCH32: u64 = 1 << 4;
 const PSTATE_SSBS: u64 = 1 << 12;
 const PSTATE_PAN: u64 = 1 << 22;
-/// What exception entry keeps: N, Z, C, V, DIT, PAN (which may then be set) and TCO. SS is cleared, and D is set: nothing is
-/// stepped over in the handler until it says so.
+/// What exception entry keeps: N, Z, C, V, DIT and PAN (which may then be set). With FEAT_MTE2 it sets TCO; here TCO stays, for
+/// no guest has tags that it could be about. SS is cleared, and D is set: nothing is stepped over in the handler until it says
+/// so.
 const PSTATE_KEPT: u64 = 0xf << 28 | 1 << 24 | PSTATE_PAN | 1 << 25;
 
 const EC_SHIFT: u32 = 26;

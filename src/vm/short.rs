@@ -188,7 +188,7 @@ impl Resident<'_> {
     }
 }
 
-/// The IPA that HPFAR_EL2 and FAR_EL2 report. On a stage-1 walk FAR's offset is not the walk's; nobody looks at it then.
+/// The IPA that HPFAR_EL2 and FAR_EL2 report, but on a Cortex-A57 of erratum 834220, which is not worked around. On a stage-1 walk FAR's offset is not the walk's; nobody looks at it then.
 #[inline]
 fn fault_ipa(hpfar: u64, far: u64) -> Ipa {
     const FIPA: u64 = (1 << 44) - 0x10;

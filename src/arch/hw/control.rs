@@ -1,8 +1,11 @@
-//! Every EL2 control register, in one table, written on every CPU before anything else relies on it.
+//! Every EL2 control register but the interrupt controller's, in one table, written on every CPU before anything else relies on
+//! it.
 //!
 //! On silicon they are UNKNOWN at entry. The values are those of a CPU that holds no vCPU and protect the hypervisor
 //! whatever EL1 would do; loading a vCPU changes only what differs between VMs. SCTLR_EL2, TCR_EL2, MAIR_EL2,
-//! TTBR0_EL2, VBAR_EL2, TCR2_EL2, SCTLR2_EL2 and GCSCR_EL2 are written by the entry code.
+//! TTBR0_EL2, VBAR_EL2, TCR2_EL2, SCTLR2_EL2 and GCSCR_EL2 are written by the entry code; ICC_SRE_EL2 and ICH_* by the driver of
+//! a GICv3. On a machine with a GICv2 nobody writes these two, even where CPUs have them: going back from system registers to
+//! GICC's (ICC_SRE_EL2.SRE from 1 to 0) is UNPREDICTABLE, so the choice is firmware's.
 
 use aarch64_cpu::registers::{
     CNTHCTL_EL2, HCR_EL2, MIDR_EL1, MPIDR_EL1, Readable, SCTLR_EL1, TCR_EL1, VTCR_EL2,

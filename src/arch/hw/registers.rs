@@ -91,7 +91,8 @@ pub fn counter_hz() -> u64 {
 
 /// `AT S1E1R`: what stage 1 of the guest on this CPU makes of `va` for a read at EL1, or `None` when its walk fails.
 ///
-/// PAR_EL1 belongs to the guest and is left as found.
+/// PAR_EL1 belongs to the guest and is left as found. Erratum 1508412 (Cortex-A77 before r1p1) would want a DMB on both sides of each
+/// reading; guests read it without, so firmware has to answer for that core.
 #[inline]
 pub fn at_s1e1r(va: Va) -> Option<Ipa> {
     const OUTPUT: u64 = 0x000f_ffff_ffff_f000;
