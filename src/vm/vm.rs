@@ -20,6 +20,7 @@ use crate::mmu::{
     self, AccessFlag, Config, Contents, Engine, Extent, Level, Locking, Memory, Shape, SlotConfig,
     SlotId, Splitting, Stage2, Tracking,
 };
+use crate::sync::padded::Padded;
 use crate::sync::percpu;
 use crate::sync::quiescence::CpuId;
 use crate::vm::console::{self, Console};
@@ -176,7 +177,7 @@ impl fmt::Display for StopReason {
     }
 }
 
-/// A virtual machine.
+/// A virtual machine. What changes while it runs is apart from what every exit reads.
 pub struct Vm {
     pub(crate) stage2: Stage2,
     pub(crate) trust_hpfar: bool,
@@ -186,7 +187,7 @@ pub struct Vm {
     /// GICD_CTLR: the groups that are forwarded.
     pub(crate) gic_control: AtomicU32,
     /// Its shared interrupts.
-    pub(crate) shared: Mutex<Shared>,
+    pub(crate) shared: Padded<Mutex<Shared>>,
     gic: &'static Gic,
     placement: Placement,
     weight: u32,
@@ -194,14 +195,14 @@ pub struct Vm {
     vcpus: Box<[Vcpu]>,
     /// By CPU: the vCPU that it loaded last. Each word is its CPU's own.
     last_on: Box<[AtomicUsize]>,
-    pub(crate) uart: Mutex<Console>,
+    pub(crate) uart: Padded<Mutex<Console>>,
     /// The vCPUs are to leave their CPUs.
     stopping: AtomicBool,
-    reasons: Mutex<Vec<Option<StopReason>>>,
+    reasons: Padded<Mutex<Vec<Option<StopReason>>>>,
     /// vCPUs that are on a CPU's queue.
-    held: AtomicUsize,
+    held: Padded<AtomicUsize>,
     /// The vCPU whose report the controller sleeps for.
-    awaited: AtomicUsize,
+    awaited: Padded<AtomicUsize>,
     controller: usize,
 }
 
@@ -261,7 +262,7 @@ impl Vm {
             vtcr: arch::vtcr(geometry),
             pa_range: pa_range(shape.ipa_bits()),
             gic_control: AtomicU32::new(0),
-            shared: Mutex::new(Shared::new(Routing::new(gicv3, config.vcpus))),
+            shared: Padded::new(Mutex::new(Shared::new(Routing::new(gicv3, config.vcpus)))),
             gic: host.gic,
             placement: config.placement,
             weight: config.weight,
@@ -270,11 +271,11 @@ impl Vm {
             vcpus: (0..config.vcpus)
                 .map(|index| Vcpu::new(index, gicv3, counter))
                 .collect(),
-            uart: Mutex::default(),
+            uart: Padded::default(),
             stopping: AtomicBool::new(false),
-            reasons: Mutex::new(vec![None; config.vcpus]),
-            held: AtomicUsize::new(0),
-            awaited: AtomicUsize::new(NOBODY),
+            reasons: Padded::new(Mutex::new(vec![None; config.vcpus])),
+            held: Padded::new(AtomicUsize::new(0)),
+            awaited: Padded::new(AtomicUsize::new(NOBODY)),
             controller: percpu::index(),
         };
         if let machine::Gic::V2 {
