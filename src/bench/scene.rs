@@ -521,8 +521,9 @@ impl Scene {
     }
 
     /// Stops the VM, has its interrupt controller forget everything for `other`, gives it back what it had, and has the VM go
-    /// on. False: it does not have what it had.
+    /// on. False: it does not have what it had, or could be looked into before it was stopped.
     pub(super) fn restore_interrupts(&self, other: &VmState) -> bool {
+        let refused = self.vm.save_interrupts().is_none();
         self.vm.stop(self.host);
         let restored = self.vm.save_interrupts().is_some_and(|before| {
             self.vm.restore_interrupts(other)
@@ -530,7 +531,7 @@ impl Scene {
                 && self.vm.save_interrupts() == Some(before)
         });
         self.vm.start(self.host);
-        restored
+        refused && restored
     }
 
     /// Takes all vCPUs from their CPUs.
