@@ -34,6 +34,7 @@ mod split;
 mod starve;
 mod storm;
 mod verify;
+mod words;
 
 use alloc::string::String;
 

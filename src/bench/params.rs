@@ -2,11 +2,12 @@
 
 use alloc::string::{String, ToString};
 use alloc::{format, vec::Vec};
-use core::str::FromStr;
 
 use crate::arch::mitigations::Setting;
 use crate::mmu::bbm::MOST_BATCH;
 use crate::mmu::{AccessFlag, Bbm, Engine, Hardware, Level, Locking, Policy, Precision, Tracking};
+
+use super::words::{list, name_of, named, number};
 
 /// What is measured.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -537,22 +538,6 @@ pub fn stride_name(bytes: u64) -> String {
         .map_or_else(|| bytes.to_string(), |(name, ..)| (*name).to_string())
 }
 
-fn name_of<T: PartialEq>(value: T, table: &[(&'static str, T)]) -> &'static str {
-    let found = table.iter().find(|(_, known)| *known == value);
-    found.map_or("", |(name, _)| name)
-}
-
-fn named<T: Copy>(key: &str, value: &str, table: &[(&str, T)]) -> Result<T, String> {
-    let found = table.iter().find(|(name, _)| *name == value);
-    found.map(|(_, item)| *item).ok_or_else(|| {
-        let names: Vec<&str> = table.iter().map(|(name, _)| *name).collect();
-        format!(
-            "boot argument '{key}={value}': {key} is one of {}",
-            names.join(", ")
-        )
-    })
-}
-
 fn size(key: &str, value: &str) -> Result<(u64, Level), String> {
     named(
         key,
@@ -581,22 +566,6 @@ fn pattern(key: &str, value: &str) -> Result<Pattern, String> {
             "boot argument '{key}={value}': {key} is two percentages, hot from 1 and warm from 0, of 100 together at most"
         )),
     }
-}
-
-fn number<T>(key: &str, value: &str, low: T, high: T) -> Result<T, String>
-where
-    T: FromStr + PartialOrd + core::fmt::Display,
-{
-    match value.parse() {
-        Ok(number) if number >= low && number <= high => Ok(number),
-        _ => Err(format!(
-            "boot argument '{key}={value}': {key} is a number from {low} to {high}"
-        )),
-    }
-}
-
-fn list<T>(value: &str, item: impl Fn(&str) -> Result<T, String>) -> Result<Vec<T>, String> {
-    value.split(',').map(item).collect()
 }
 
 #[cfg(test)]

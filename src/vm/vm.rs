@@ -177,7 +177,9 @@ impl fmt::Display for StopReason {
     }
 }
 
-/// A virtual machine. What changes while it runs is apart from what every exit reads.
+/// A virtual machine. What changes while it runs is apart from what every exit reads, and behind it: what is near needs no
+/// instruction for its address.
+#[repr(C)]
 pub struct Vm {
     pub(crate) stage2: Stage2,
     pub(crate) trust_hpfar: bool,
@@ -186,8 +188,6 @@ pub struct Vm {
     pub(crate) pa_range: u64,
     /// GICD_CTLR: the groups that are forwarded.
     pub(crate) gic_control: AtomicU32,
-    /// Its shared interrupts.
-    pub(crate) shared: Padded<Mutex<Shared>>,
     gic: &'static Gic,
     placement: Placement,
     weight: u32,
@@ -195,15 +195,17 @@ pub struct Vm {
     vcpus: Box<[Vcpu]>,
     /// By CPU: the vCPU that it loaded last. Each word is its CPU's own.
     last_on: Box<[AtomicUsize]>,
-    pub(crate) uart: Padded<Mutex<Console>>,
     /// The vCPUs are to leave their CPUs.
     stopping: AtomicBool,
+    controller: usize,
+    /// Its shared interrupts.
+    pub(crate) shared: Padded<Mutex<Shared>>,
+    pub(crate) uart: Padded<Mutex<Console>>,
     reasons: Padded<Mutex<Vec<Option<StopReason>>>>,
     /// vCPUs that are on a CPU's queue.
     held: Padded<AtomicUsize>,
     /// The vCPU whose report the controller sleeps for.
     awaited: Padded<AtomicUsize>,
-    controller: usize,
 }
 
 /// The controller sleeps for no vCPU's report.

@@ -120,7 +120,7 @@ const VMCR_V2: u64 = 0xf8fc_021f;
 
 impl Saved {
     /// What `self` says, on GICv3 or GICv2: bits that exist, and no priority active in both groups, which is UNPREDICTABLE
-    /// (IHI 0069H, ICH_AP0R<n>_EL2 and ICH_AP1R<n>_EL2).
+    /// (IHI 0069H, `ICH_AP0R<n>_EL2` and `ICH_AP1R<n>_EL2`).
     pub fn restored(&self, gicv3: bool) -> Self {
         let [a0, a1, a2, a3, b0, b1, b2, b3] = self.active_priorities;
         let active_priorities = if gicv3 {
