@@ -446,13 +446,20 @@ fn forget_virtual_error() {
     }
 }
 
-/// ISR_EL1.A: whether an SError waits for a guest that it can be taken from. Stores of the guest have had their answers.
+/// ISR_EL1.A: whether an SError waits for a guest that it can be taken from. Stores of the guest have had their answers: the
+/// barrier waits for those, and a read without effects may overtake it but for the second (Arm ARM, `DSB`).
 pub fn serror_is_pending() -> bool {
     const PENDING: u64 = 1 << 8;
     let pending: u64;
-    // SAFETY: a barrier, and a register whose reading has no effect.
+    // SAFETY: barriers, and a register whose reading has no effect.
     unsafe {
-        asm!("dsb sy", "mrs {}, isr_el1", out(reg) pending, options(nostack, preserves_flags))
+        asm!(
+            "dsb sy",
+            "isb",
+            "mrs {}, isr_el1",
+            out(reg) pending,
+            options(nostack, preserves_flags)
+        )
     };
     pending & PENDING != 0
 }

@@ -177,8 +177,7 @@ impl<'a> Resident<'a> {
 
     fn run(&mut self) {
         let this = (&raw mut *self).expose_provenance();
-        // An SError that is pending when the vCPU is to go is still its guest's, and is taken before any instruction of it.
-        while self.prepare() || arch::serror_is_pending() {
+        while self.prepare() || self.owes_an_error() {
             // SAFETY: this CPU holds the vCPU, and the frame is the first field of this structure, which nothing else
             // uses before the guest has been left.
             let exit = unsafe { arch::enter(with_exposed_provenance_mut::<Frame>(this)) };
@@ -190,7 +189,16 @@ impl<'a> Resident<'a> {
         }
     }
 
-    /// Waits until the vCPU may run. False: it is to leave this CPU.
+    /// Whether an SError is pending when the vCPU is to go, or to sleep: it is still its guest's. Entered, that has it taken before
+    /// it completes an instruction (Arm ARM, Prioritization and recognition of interrupts); whether it is to go is for the next
+    /// look to say.
+    fn owes_an_error(&mut self) -> bool {
+        let owes = arch::serror_is_pending();
+        self.reconsider |= owes;
+        owes
+    }
+
+    /// Waits until the vCPU may run, or must for an SError's sake. False: it is to leave this CPU.
     fn prepare(&mut self) -> bool {
         loop {
             if self.vm.is_stopping() {
@@ -210,7 +218,8 @@ impl<'a> Resident<'a> {
                 self.reconsider = true;
                 continue;
             }
-            if ready {
+            // A sleep would end at once, again and again.
+            if ready || self.owes_an_error() {
                 return true;
             }
             self.sleep();
