@@ -6,7 +6,7 @@
 
 use core::fmt::{self, Arguments};
 use core::panic::PanicInfo;
-use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use crate::arch;
 use crate::dev::power;
@@ -23,15 +23,28 @@ const NOBODY: u64 = u64::MAX;
 
 /// The affinity of the CPU that ends the run; others that end it or fail meanwhile say nothing. Blocks of CPUs need EL2.
 static ENDING: AtomicU64 = AtomicU64::new(NOBODY);
-/// How often it has failed.
+/// Some CPU has failed.
+static FAILED: AtomicBool = AtomicBool::new(false);
+/// How often the one that ends the run has.
 static FAILURES: AtomicU32 = AtomicU32::new(0);
 
-/// Ends the run: says `status` and switches the machine off.
+/// Ends the run: says `status`, or that a CPU has failed meanwhile, and switches the machine off.
 pub fn exit(status: u32) -> ! {
     claim();
+    let status = Status(status);
     last_line(format_args!(r#"{{"vellum":"exit","status":{status}}}"#));
     flush();
     power::off()
+}
+
+/// What is said of a run, as of when it is said.
+struct Status(u32);
+
+impl fmt::Display for Status {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let failed = self.0 == 0 && FAILED.load(Ordering::Relaxed);
+        write!(f, "{}", if failed { PANICKED } else { self.0 })
+    }
 }
 
 /// Ends a run that cannot be done, saying why in one line.
@@ -152,6 +165,7 @@ fn claim() {
 
 /// As [`claim`], before an epitaph. What fails while it is written ends the run without one, and what fails then the machine.
 fn fail() {
+    FAILED.store(true, Ordering::Relaxed);
     claim();
     match FAILURES.fetch_add(1, Ordering::Relaxed) {
         0 => {}
