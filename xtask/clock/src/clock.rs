@@ -446,7 +446,6 @@ impl Clock {
             if let Some(cpu) = cpu {
                 self.end_turn(shared, cpu);
             }
-            self.dispatch(shared);
         } else if shared.schedule.state(sleeper) == State::Waking {
             self.cpus[sleeper].turn.notify_one();
         }

@@ -195,8 +195,6 @@ fn shares_are_fair(transcripts: &[Transcript]) -> Verdict {
     })
 }
 
-/// The first VM computes as much as beside one that computes, too. No exit keeps the CPU for long, where sending a line takes 9 ms;
-/// the other's lines come whole, and what it overran is counted.
 /// The first VM gets as far beside the last one's flood, in the second run, as beside its computing, and no exit is long.
 fn first_keeps_its_share(transcripts: &[Transcript]) -> Result<&Transcript, String> {
     const LONGEST_EXIT_NS: f64 = 1e6;
@@ -235,6 +233,7 @@ fn sgis_hurt_nobody(transcripts: &[Transcript]) -> Verdict {
     }
 }
 
+/// Where sending a line takes 5 ms, the other VM's lines come whole, and what it overran is counted.
 fn flood_hurts_nobody(transcripts: &[Transcript]) -> Verdict {
     let beside_flood = first_keeps_its_share(transcripts)?;
     let said = |what: &'static str| {
